@@ -1,0 +1,1 @@
+"""Exercises: checks, hints, scores, grading of a class."""

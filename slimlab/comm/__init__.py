@@ -1,0 +1,1 @@
+"""Ranks that talk: the Communicator and its runtimes."""

@@ -1,0 +1,1 @@
+"""The model: attention first. Nothing here knows a rank."""

@@ -1,0 +1,1 @@
+"""Predictions from configurations alone: operations, bytes, money."""

@@ -1,0 +1,1 @@
+"""Text: corpus, tokenizer, near-duplicates, batches."""
