@@ -1,0 +1,51 @@
+# Each target works alone on a fresh machine: it makes the environment it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: help book test lab check format chapters exercises clean
+
+help:
+	@echo "make book      run every chapter and build the HTML book"
+	@echo "make test      run all tests"
+	@echo "make lab       open the chapters in JupyterLab"
+	@echo "make check     lint and check formatting"
+	@echo "make format    format the code and the notebooks' cells"
+	@echo "make chapters  execute chapters and solutions again and store their outputs"
+	@echo "make exercises derive exercises/ from solutions/"
+	@echo "make clean     remove what was built; the environment in $(VENV) stays"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else 'slimlab needs Python 3.11 or newer, but $(PYTHON) is %d.%d: try make PYTHON=python3.11' % v[:2])"
+	@echo "Making the environment in $(VENV) (once; a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[book,test]"
+	@touch $(READY)
+
+book: $(READY)
+	@$(BIN)/python tools/build_book.py
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --nbval chapters solutions
+
+lab: $(READY)
+	@$(BIN)/jupyter lab chapters
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+chapters: $(READY)
+	@$(BIN)/python tools/notebooks.py execute chapters/*.ipynb solutions/*.ipynb
+
+exercises: $(READY)
+	@$(BIN)/python tools/make_exercises.py
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
