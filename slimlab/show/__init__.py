@@ -1,0 +1,27 @@
+"""Figures, source listings and progress bars: everything that a chapter shows.
+
+Chapters write `from slimlab import show` and call `show.attention_map(...)`.
+"""
+
+from slimlab.show.charts import bars, curves, ledger_figure
+from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
+from slimlab.show.maps import attention_map, heads_figure, mask_figure
+from slimlab.show.source import progress, show_source
+from slimlab.show.style import COLOURS, use_style
+
+__all__ = [
+    "COLOURS",
+    "attention_map",
+    "bars",
+    "box_figure",
+    "curves",
+    "flow_figure",
+    "heads_figure",
+    "lanes_figure",
+    "ledger_figure",
+    "mask_figure",
+    "matrix_product_figure",
+    "progress",
+    "show_source",
+    "use_style",
+]
