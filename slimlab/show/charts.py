@@ -6,14 +6,15 @@ and Biases) draw the same curves live from a log; these are drawn once, from num
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slimlab.config import require
-from slimlab.show.style import COLOURS, GREY, LINE_STYLES, MARKERS, finish, to_array
+from slimlab.show.style import COLOURS, GREY, LINE_STYLES, MARKERS, new_figure, to_array
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 MAX_MARKED_POINTS = 25
+MAX_TICKS = 8
 
 
 def curves(
@@ -39,7 +40,7 @@ def curves(
     Raises InputError if x and y differ in number, or a logarithmic axis meets a value <= 0.
     """
     require(bool(series), "at least one series", "none", 'pass {"label": (x, y)}')
-    figure, axes = plt.subplots()
+    figure, axes = new_figure()
     for index, (label, (xs, ys)) in enumerate(series.items()):
         xs, ys = to_array(xs), to_array(ys)
         given = f"{label}: {len(xs)} and {len(ys)}"
@@ -61,9 +62,14 @@ def curves(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log" if log_y else "linear")
+    places = sorted({float(x) for xs, _ in series.values() for x in xs})
+    apart = all(right > 1.3 * left for left, right in zip(places, places[1:]))
+    if log_x and apart and len(places) <= MAX_TICKS:
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.xaxis.minorticks_off()
     if len(series) + len(guides or {}) > 1:
         axes.legend()
-    return finish(figure)
+    return figure
 
 
 def bars(
@@ -93,7 +99,7 @@ def bars(
         asked, given = f"the series {names} in every group", f"{label}: {list(group)}"
         require(list(group) == names, asked, given, "give every group the same series in order")
     size = (6.4, max(1.8, 0.9 + 0.34 * len(grouped) * len(names))) if horizontal else None
-    figure, axes = plt.subplots(figsize=size)
+    figure, axes = new_figure(figsize=size)
     draw = axes.barh if horizontal else axes.bar
     thickness = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -113,12 +119,10 @@ def bars(
     axes.set_title(title)
     if len(names) > 1:
         axes.legend()
-    return finish(figure)
+    return figure
 
 
-def label_bars(
-    axes: plt.Axes, labels: list[str], y_label: str, log_y: bool, horizontal: bool
-) -> None:
+def label_bars(axes: Axes, labels: list[str], y_label: str, log_y: bool, horizontal: bool) -> None:
     """Write `labels` at the bars of `axes` and `y_label` (with `log_y`) at their numbers.
 
     horizontal  True if the bars run to the right; the first label is then the uppermost
@@ -147,7 +151,7 @@ def ledger_figure(ledgers: Sequence, title: str = "payload handed to each call")
     """
     require(len(ledgers) > 0, "the ledger of at least one rank", "none", "pass results.ledgers")
     calls = sorted({entry.call for ledger in ledgers for entry in ledger.entries})
-    figure, axes = plt.subplots()
+    figure, axes = new_figure()
     base = [0] * len(ledgers)
     for index, call in enumerate(calls):
         heights = [ledger.total_bytes(call) for ledger in ledgers]
@@ -167,7 +171,7 @@ def ledger_figure(ledgers: Sequence, title: str = "payload handed to each call")
     axes.set(xlabel="rank", ylabel="payload (bytes)", title=title)
     axes.set_xticks(range(len(ledgers)))
     axes.grid(False, axis="x")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.1 * max(base) or 1)
     if calls:
-        axes.legend()
-    return finish(figure)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -6,13 +6,12 @@ caller says where they stand, and the picture is the same on every machine.
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from slimlab.config import require
-from slimlab.show.style import BLACK, BLUE, COLOURS, GREY, TEXT_PT, VERMILION, finish
+from slimlab.show.style import BLACK, BLUE, COLOURS, GREY, TEXT_PT, VERMILION, new_figure
 
 Matrix = tuple[str, str, str]
 PALE = "#E8F1F8"
@@ -42,11 +41,14 @@ def matrix_product_figure(
     widths = [[sizes[m[2]] * unit for m in row] for row in products]
     heights = [max(sizes[m[1]] for m in row) * unit for row in products]
     column_widths = [max(row[k] for row in widths) for k in range(3)]
-    size = (sum(column_widths) + 4 * gap, sum(heights) + 0.95 * len(products) + 0.4)
+    size = (
+        sum(column_widths) + 4 * gap,
+        sum(heights) + 0.6 * len(products) + (0.5 if title else 0.2),
+    )
     figure, axes = blank(size, title)
-    top = size[1] - 0.3
+    top = size[1] - (0.3 if title else 0.0)
     for row, height in zip(products, heights):
-        left_edge, middle = gap, top - 0.45 - height / 2
+        left_edge, middle = gap, top - 0.4 - height / 2
         for k, matrix in enumerate(row):
             centre = left_edge + column_widths[k] / 2
             draw_matrix(axes, matrix, sizes, (centre, middle), unit, COLOURS[k])
@@ -54,8 +56,8 @@ def matrix_product_figure(
                 sign_x = left_edge + column_widths[k] + gap / 2
                 axes.text(sign_x, middle, "×="[k], ha="center", va="center", fontsize=16)
             left_edge += column_widths[k] + gap
-        top -= height + 0.95
-    return finish(figure)
+        top -= height + 0.6
+    return figure
 
 
 def draw_matrix(
@@ -87,7 +89,13 @@ def draw_matrix(
         centre[0], bottom + height + 0.05, f"{column_letter}={columns}", ha="center", **beside
     )
     axes.text(
-        left - 0.06, centre[1], f"{row_letter}={rows}", ha="right", va="center", rotation=90, **beside
+        left - 0.06,
+        centre[1],
+        f"{row_letter}={rows}",
+        ha="right",
+        va="center",
+        rotation=90,
+        **beside,
     )
 
 
@@ -152,7 +160,7 @@ def box_figure(
         centres[name] = (x, y, axes.add_patch(patch))
     for source, target, label in arrows:
         draw_arrow(axes, centres[source], centres[target], label)
-    return finish(figure)
+    return figure
 
 
 def draw_arrow(axes: Axes, source: tuple, target: tuple, label: str) -> None:
@@ -218,12 +226,12 @@ def lanes_figure(
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(*middle, label, ha="center", va="center", fontsize=8, bbox=white, zorder=5)
     axes.text(size[0] - 0.1, 0.2, "time →", ha="right", va="center", color=GREY, fontsize=9)
-    return finish(figure)
+    return figure
 
 
 def blank(size: tuple[float, float], title: str) -> tuple[Figure, Axes]:
-    """Return a figure of `size` (inches, one unit of its axes each) without axes lines, `title`d."""
-    figure, axes = plt.subplots(figsize=size, layout="none")
+    """Return a figure of `size` in inches, without axes lines, with `title`; 1 unit is 1 inch."""
+    figure, axes = new_figure(figsize=size, layout="none")
     axes.set_position((0, 0, 1, 1))
     axes.set(xlim=(0, size[0]), ylim=(0, size[1]))
     axes.axis("off")

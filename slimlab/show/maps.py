@@ -6,14 +6,13 @@ that react to the mouse; these are static, small enough to hold the number of ev
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from slimlab.config import require
-from slimlab.show.style import BLUE, GREY, TEXT_PT, finish, to_array
+from slimlab.show.style import BLUE, GREY, TEXT_PT, new_figure, to_array
 
 MAX_NUMBERED_CELLS = 100
 MAX_LABELS = 32
@@ -42,13 +41,13 @@ def attention_map(
     num_queries, num_keys = values.shape
     cell = 0.5 if values.size <= MAX_NUMBERED_CELLS else min(0.3, 5.0 / max(values.shape))
     size = (max(2.8, num_keys * cell + 2.0), max(2.2, num_queries * cell + 1.2))
-    figure, axes = plt.subplots(figsize=size)
+    figure, axes = new_figure(figsize=size)
     image = draw_map(axes, values, queries, keys, colour_limits(values))
     axes.set_title(title)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     figure.colorbar(image, ax=axes, label=value_label, fraction=0.05)
-    return finish(figure)
+    return figure
 
 
 def heads_figure(
@@ -76,7 +75,7 @@ def heads_figure(
     columns = min(4, num_heads)
     rows = -(-num_heads // columns)
     side = 1.9 if max(values.shape[1:]) <= 8 else 2.4
-    figure, grid = plt.subplots(
+    figure, grid = new_figure(
         rows, columns, figsize=(side * columns + 0.9, side * rows + 0.7), squeeze=False
     )
     for axes in grid.flat[num_heads:]:
@@ -89,7 +88,7 @@ def heads_figure(
     figure.supylabel("query", fontsize=TEXT_PT)
     figure.suptitle(title, fontsize=TEXT_PT + 1)
     figure.colorbar(image, ax=drawn, label="attention weight", fraction=0.03)
-    return finish(figure)
+    return figure
 
 
 def mask_figure(
@@ -120,14 +119,14 @@ def mask_figure(
     tallest = max(array.shape[0] for array in arrays.values())
     cell = min(0.36, 4.0 / max(widest, tallest))
     size = ((widest * cell + 1.1) * len(masks) + 0.6, tallest * cell + 1.6)
-    figure, grid = plt.subplots(1, len(masks), figsize=size, squeeze=False)
+    figure, grid = new_figure(1, len(masks), figsize=size, squeeze=False)
     for axes, (name, array) in zip(grid[0], arrays.items()):
         draw_mask(axes, array.astype(bool), queries, keys, marker_pt=cell * 40)
         axes.set_title(name)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     figure.suptitle(heading, fontsize=TEXT_PT + 1)
-    return finish(figure)
+    return figure
 
 
 def check_map(values: Tensor | list, num_dims: int, shape: str) -> numpy.ndarray:

@@ -8,7 +8,6 @@ time with a marker, a line style, a symbol or a number. Plotting libraries for d
 
 import matplotlib.pyplot as plt
 from cycler import cycler
-from matplotlib.figure import Figure
 from torch import Tensor, as_tensor, float64
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -51,10 +50,15 @@ def use_style() -> None:
     )
 
 
-def finish(figure: Figure) -> Figure:
-    """Take `figure` out of pyplot's list and return it, so that a notebook shows it once."""
+def new_figure(*args, **options) -> tuple:
+    """Return a figure and its axes, as plt.subplots(*args, **options) does.
+
+    It is taken out of pyplot's list at once: a notebook then shows it where it is returned, and
+    shows nothing half-drawn where drawing fails.
+    """
+    figure, axes = plt.subplots(*args, **options)
     plt.close(figure)
-    return figure
+    return figure, axes
 
 
 def to_array(values: Tensor | list) -> "numpy.ndarray":  # noqa: F821

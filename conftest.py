@@ -1,0 +1,26 @@
+"""Settings for every test, those of the notebooks included."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# nbval's kernels inherit these; in-process tests never open a window.
+os.environ["SLIMLAB_BATCH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+sys.path[:0] = [str(ROOT / "tools")]
+
+
+def pytest_configure(config):
+    """Prepare matplotlib for notebooks or for tests."""
+    if config.getoption("nbval", default=False):
+        # The first import on a machine builds a font cache and says so in a cell's output.
+        import matplotlib.font_manager
+    else:
+        import matplotlib
+
+        matplotlib.use("Agg")
