@@ -1,0 +1,161 @@
+"""Masks on attention scores: which query may attend to which key.
+
+A boolean mask is True where a query may attend. An additive mask is a float that is added to the
+scores: 0 changes nothing, minus infinity hides a key, anything between is a bias. Both act on the
+scores, before the softmax; chapter 01 shows what goes wrong elsewhere.
+
+Two rules are stricter than PyTorch's, because each of them turns a silent wrong result into an
+error. A mask has two dims (T, S) or as many as the scores: of three dims nobody can tell whether
+the first means sequences or heads. A query that may attend to no key is refused: its softmax is
+0/0, which some kernels return as NaN and others as 0.
+
+Production code never stores a causal mask: its kernels compare positions inside a tile. And it
+does not look into a mask before it computes, since on a GPU looking costs a wait.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimlab.config import InputError, check_size, require
+
+
+def causal_mask(T: int, S: int | None = None, *, device: torch.device | None = None) -> Tensor:
+    """Let every query attend to itself and to what stands before it.
+
+    T        number of queries
+    S        number of keys, T if not given; the last query stands at the last key, so S - T keys
+             are a past that every query may see
+    device   where the mask is made
+    returns  (T, S) boolean, True where a query may attend
+    Raises InputError if S < T: the first T - S queries would stand before every key.
+    """
+    S = T if S is None else S
+    check_size("T", T)
+    check_size("S", S)
+    require(
+        S >= T,
+        "at least as many keys as queries",
+        f"T = {T} queries, S = {S} keys: the first {T - S} would attend nowhere",
+        f"give S of at least {T}, or leave it out",
+    )
+    query_position = torch.arange(S - T, S, device=device)[:, None]
+    return torch.arange(S, device=device) <= query_position
+
+
+def padding_mask(lengths: Sequence[int] | Tensor, S: int) -> Tensor:
+    """Hide the padding behind each sequence of a batch.
+
+    lengths  (B,) number of true tokens per sequence, from 1 to S
+    S        number of keys, padding included
+    returns  (B, 1, 1, S) boolean, True where a key is a token
+    Raises InputError if a length is not a whole number from 1 to S.
+    """
+    check_size("S", S)
+    lengths = torch.as_tensor(lengths)
+    whole = lengths.dim() == 1 and lengths.numel() > 0 and not lengths.is_floating_point()
+    require(
+        whole and lengths.dtype != torch.bool and bool(((lengths >= 1) & (lengths <= S)).all()),
+        f"lengths: one whole number from 1 to S = {S} per sequence",
+        f"lengths = {lengths.tolist()}",
+        "count the true tokens of each sequence; leave out sequences that have none",
+    )
+    return (torch.arange(S, device=lengths.device) < lengths[:, None])[:, None, None, :]
+
+
+def to_additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn a boolean mask into what is added to the scores.
+
+    mask     boolean, or additive already
+    dtype    floating type of the scores
+    returns  0 where a query may attend, minus infinity where not; an additive mask in `dtype`
+    """
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def apply_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Hide scores or add a bias to them, before the softmax.
+
+    scores   (B, H, T, S)
+    mask     boolean or additive, broadcast to the scores; None leaves them as they are
+    returns  (B, H, T, S), minus infinity where a query may not attend
+    """
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask
+
+
+def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a mask that would give a wrong or undefined result.
+
+    mask   boolean (True: may attend) or floating (added to the scores)
+    shape  (B, H, T, S) of the scores
+
+    Raises InputError for a mask that is neither, does not fit, holds NaN or plus infinity, holds
+    only 0 and 1 as floats, or has a row that allows no key at all.
+    """
+    require(
+        isinstance(mask, Tensor),
+        "mask: a tensor, boolean or floating, or None",
+        f"a {type(mask).__name__}",
+        "use causal_mask, padding_mask or torch.tensor(...)",
+    )
+    _check_mask_shape(mask, tuple(shape))
+    _check_mask_values(mask)
+    allowed = mask if mask.dtype == torch.bool else mask != -torch.inf
+    empty = ~allowed.any(dim=-1)
+    if empty.any():
+        row = tuple(empty.nonzero()[0].tolist())
+        raise InputError(
+            "a mask that lets every query attend to at least one key",
+            f"mask[{', '.join(map(str, row))}] allows none of its {mask.shape[-1]} keys "
+            f"({int(empty.sum())} such rows of {empty.numel()})",
+            "let the query attend to itself, or leave it out and drop its result; "
+            "if True meant 'hidden' in your mask, give ~mask",
+        )
+
+
+def _check_mask_shape(mask: Tensor, shape: tuple[int, ...]) -> None:
+    fits = mask.dim() in (2, len(shape)) and all(
+        size in (1, full) for size, full in zip(mask.shape, shape[-mask.dim() :])
+    )
+    require(
+        fits,
+        f"a mask of shape {shape[-2:]} or one that broadcasts to {shape}",
+        f"a mask of shape {tuple(mask.shape)}",
+        "use (T, S) for one mask for all, (B, 1, T, S) for one per sequence, "
+        "(1, H, T, S) for one per head, (B, 1, 1, S) for padding",
+    )
+
+
+def _check_mask_values(mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        return
+    require(
+        mask.is_floating_point(),
+        "a boolean mask (True: may attend) or a floating one (added to the scores)",
+        f"a mask of dtype {mask.dtype}",
+        "use mask.bool() if 1 means 'may attend', mask == 0 if 1 means 'hidden'",
+    )
+    bad = mask.isnan() | (mask == torch.inf)
+    if bad.any():
+        raise InputError(
+            "an additive mask of finite numbers and minus infinity",
+            f"a mask with {int(mask.isnan().sum())} NaN and {int((mask == torch.inf).sum())} +inf",
+            "0 * -inf is NaN: build the mask with torch.where or slimlab.model.masks.to_additive",
+        )
+    # All zeros is the additive mask that hides nothing, so only a 1 gives the mistake away.
+    ones = mask == 1
+    require(
+        not bool(((mask == 0) | ones).all() and ones.any()),
+        "an additive mask: 0 where a query may attend, minus infinity where not",
+        "a floating mask that holds only 0 and 1, almost surely a boolean mask given as floats: "
+        "added to the scores it would hide nothing",
+        "use mask.bool(); if you do mean to add 1 to some scores, give mask - 1: "
+        "the softmax gives the same weights",
+    )
