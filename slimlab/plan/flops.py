@@ -1,0 +1,181 @@
+"""How many parameters, how much arithmetic, how long, how dear: closed forms.
+
+A FLOP is one addition or multiplication of floating-point numbers; `_flop` is a count of them and
+`_flop_per_s` a rate. Chapter 00 predicts published training runs with these formulas, chapters 01
+and 02 the cost of attention. They read sizes only, never the code that they predict.
+
+Kaplan et al. 2020 (arXiv:2001.08361), section 2.1, for 6ND. What planners of real runs add:
+attention's own share, recomputed activations, communication, and how far below its peak a
+processor runs.
+"""
+
+from slimlab.config import ModelConfig, check_size, require
+
+SECONDS_PER_HOUR = 3600.0
+SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR
+SECONDS_PER_YEAR = 365 * SECONDS_PER_DAY
+
+
+def attention_params(config: ModelConfig) -> int:
+    """Count the entries of W^Q, W^K, W^V and W^O of one layer; no biases.
+
+    config   d_model, num_heads, num_kv_heads and d_head are read
+    returns  2 D H E + 2 D K E; 4 D^2, whatever H is, if K = H and E = D/H
+    """
+    query_and_output = 2 * config.d_model * config.num_heads * config.d_head
+    key_and_value = 2 * config.d_model * config.num_kv_heads * config.d_head
+    return query_and_output + key_and_value
+
+
+def feed_forward_params(config: ModelConfig, *, gated: bool = False) -> int:
+    """Count the entries of one layer's feed-forward matrices; no biases.
+
+    config   d_model and d_ff are read
+    gated    three matrices (SwiGLU, as in LLaMA) instead of two
+    returns  2 D F or 3 D F
+    """
+    return (3 if gated else 2) * config.d_model * config.d_ff
+
+
+def block_params(config: ModelConfig, *, gated: bool = False) -> int:
+    """Count the parameters of one Transformer block: attention, feed-forward, two norms' gains.
+
+    config   all sizes but vocab_size, seq_len and num_layers are read
+    gated    see feed_forward_params
+    returns  attention_params + feed_forward_params + 2 D
+    """
+    return attention_params(config) + feed_forward_params(config, gated=gated) + 2 * config.d_model
+
+
+def decoder_params(
+    config: ModelConfig,
+    *,
+    gated: bool = False,
+    tied_embeddings: bool = True,
+    learned_positions: bool = False,
+) -> int:
+    """Count the parameters of a decoder exactly, without biases.
+
+    config             all sizes are read; seq_len only with learned_positions
+    gated              see feed_forward_params
+    tied_embeddings    one table embeds tokens and scores the next one; otherwise two tables
+    learned_positions  a table with one row per position
+    returns            L blocks, a last norm's gain, and the tables
+    """
+    tables = config.vocab_size * (1 if tied_embeddings else 2)
+    if learned_positions:
+        tables += config.seq_len
+    blocks = config.num_layers * block_params(config, gated=gated)
+    return blocks + config.d_model + tables * config.d_model
+
+
+def rough_decoder_params(num_layers: int, d_model: int, vocab_size: int) -> int:
+    """Estimate a decoder's parameters as 12 L D^2 + V D.
+
+    Per layer 4 D^2 for attention and 8 D^2 for a feed-forward layer with F = 4 D (or a gated one
+    with F = 8/3 D); norms, biases and positions are left out.
+
+    num_layers  L
+    d_model     D
+    vocab_size  V
+    returns     about a per cent from the exact count for models of a billion parameters and more
+    """
+    for name, value in {"num_layers": num_layers, "d_model": d_model}.items():
+        check_size(name, value)
+    check_size("vocab_size", vocab_size)
+    return 12 * num_layers * d_model**2 + vocab_size * d_model
+
+
+def training_flop(num_params: float, num_tokens: float) -> float:
+    """Estimate the arithmetic of training as 6 N D.
+
+    Each parameter multiplies and adds once per token forward (2) and twice backward (4).
+
+    num_params  N, parameters in use for a token
+    num_tokens  D, tokens that the training passes over, repeats included
+    returns     FLOP; attention's products between positions are not in it (see attention_flop)
+    """
+    _check_positive(num_params=num_params, num_tokens=num_tokens)
+    return 6.0 * num_params * num_tokens
+
+
+def petaflop_s_days(flop: float) -> float:
+    """Convert FLOP to PF-days: days at 1e15 FLOP per second.
+
+    flop  a count of operations
+    """
+    return flop / (1e15 * SECONDS_PER_DAY)
+
+
+def gpu_seconds(flop: float, flop_per_s_per_gpu: float) -> float:
+    """Divide work by speed.
+
+    flop                a count of operations
+    flop_per_s_per_gpu  the rate that a GPU reaches, not its peak
+    returns             seconds times GPUs
+    """
+    _check_positive(flop=flop, flop_per_s_per_gpu=flop_per_s_per_gpu)
+    return flop / flop_per_s_per_gpu
+
+
+def gpu_years(flop: float, flop_per_s_per_gpu: float) -> float:
+    """Divide work by speed, in years of 365 days.
+
+    flop, flop_per_s_per_gpu  as in gpu_seconds
+    """
+    return gpu_seconds(flop, flop_per_s_per_gpu) / SECONDS_PER_YEAR
+
+
+def dollars(gpu_hours: float, dollars_per_gpu_hour: float) -> float:
+    """Multiply hours by their price.
+
+    gpu_hours             hours times GPUs; gpu_seconds / 3600
+    dollars_per_gpu_hour  price of one
+    """
+    _check_positive(gpu_hours=gpu_hours, dollars_per_gpu_hour=dollars_per_gpu_hour)
+    return gpu_hours * dollars_per_gpu_hour
+
+
+def training_days(num_tokens: float, tokens_per_s_per_gpu: float, num_gpus: int) -> float:
+    """Predict how long a run takes from its measured speed.
+
+    num_tokens            tokens that the training passes over
+    tokens_per_s_per_gpu  speed of one GPU within the run
+    num_gpus              GPUs that share the work
+    returns               days
+    """
+    _check_positive(num_tokens=num_tokens, tokens_per_s_per_gpu=tokens_per_s_per_gpu)
+    check_size("num_gpus", num_gpus)
+    return num_tokens / (tokens_per_s_per_gpu * num_gpus) / SECONDS_PER_DAY
+
+
+def attention_flop(
+    seq_len: int, d_model: int, *, num_keys: int | None = None, batch_size: int = 1
+) -> int:
+    """Count the arithmetic of QK^T and of the weighted average, forward, for all heads of a layer.
+
+    The number of heads does not matter: H heads of E features cost as much as one of H*E.
+
+    seq_len     T queries
+    d_model     H*E features in all heads together
+    num_keys    S, seq_len if not given
+    batch_size  B sequences
+    returns     4 B T S H E FLOP; projections and the softmax are not in it, and a causal mask
+                saves nothing unless the kernel skips what it hides
+    """
+    num_keys = seq_len if num_keys is None else num_keys
+    sizes = {"seq_len": seq_len, "d_model": d_model, "num_keys": num_keys, "batch_size": batch_size}
+    for name, value in sizes.items():
+        check_size(name, value)
+    return 4 * batch_size * seq_len * num_keys * d_model
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(
+            number and 0 < value < float("inf"),
+            f"{name}, a positive number",
+            f"{name} = {value!r}",
+            f"give {name} in the unit of its name, for instance 1.4e12",
+        )
