@@ -1,0 +1,93 @@
+"""What a student calls in a notebook: student(), numbers() and check().
+
+    from slimlab.classroom.check import check, numbers, student
+    check("1.1").score         # the report, then the points
+    check("1.1", hint=1)       # the same with the first hint
+
+A check takes the newest executed form of every cell that starts with `# exercise 1.1`, and the
+imports those cells use, and runs them in a process of its own with limits of time, memory and
+output. The limits are not a sandbox. The last line of a check cell ends in `.score`: nbgrader reads
+that number as partial credit. Every chapter's exercises use it.
+"""
+
+from pathlib import Path
+
+from IPython import get_ipython
+from IPython.display import display
+
+from slimlab.classroom.exercise import find_exercise
+from slimlab.classroom.process import shared_keeper
+from slimlab.classroom.report import Report, nothing_checked
+from slimlab.classroom.session import SESSION
+from slimlab.classroom.submission import Problem, collect, latest_cells, read_cells
+from slimlab.config import InputError
+
+
+def student(name: str) -> None:
+    """Say whose numbers are drawn from now on in this notebook.
+
+    name  first and last name as the teacher's list has it; case and separators do not matter
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise InputError("your name", f"{name!r}", 'write student("Ada Lovelace")')
+    SESSION.begin(name, SESSION.seed, SESSION.grading)
+    if not SESSION.grading:
+        print(f"Numbers are drawn for {name}.")
+
+
+def numbers(number: str) -> dict:
+    """Return the numbers of an exercise: this student's, or those of the book.
+
+    number  the exercise, "1.1"
+
+    Raises InputError that lists the exercises there are.
+    """
+    return find_exercise(number).numbers_for(SESSION.name, SESSION.class_seed())
+
+
+def check(
+    number: str, *, hint: int = 0, student: str | None = None, file: str | Path | None = None
+) -> Report:
+    """Check one exercise, show the report and return it.
+
+    number   the exercise, "1.1"
+    hint     show this hint too: 1 for the first
+    student  check with this student's numbers instead of those of student()
+    file     take the cells from this notebook or script instead of the running notebook
+    returns  a Report with .score, .max_score and .outcomes
+
+    Raises InputError for an exercise that does not exist and where there is no notebook to look in.
+    """
+    exercise = find_exercise(number)
+    if SESSION.grading:
+        problem = Problem("a check inside a checked cell", "it in a cell of its own", "that cell")
+        return nothing_checked(exercise, problem)
+    cells = latest_cells(_history(), number) if file is None else read_cells(file)
+    report = shared_keeper().check(
+        exercise,
+        collect(cells, number),
+        student or SESSION.name,
+        SESSION.class_seed(),
+        hint,
+    )
+    show(report)
+    return report
+
+
+def show(report: Report) -> None:
+    """Show `report`: as a table in a notebook, as text elsewhere."""
+    if get_ipython() is None:
+        print(report.text())
+    else:
+        display({"text/plain": report.text(), "text/html": report.html()}, raw=True)
+
+
+def _history() -> list[str]:
+    shell = get_ipython()
+    if shell is None:
+        raise InputError(
+            "a running notebook",
+            "a plain Python process",
+            "run this in a notebook, or `slimlab check 01 my.ipynb` in a terminal",
+        )
+    return list(shell.history_manager.input_hist_raw)
