@@ -19,6 +19,7 @@ ABSOLUTE_PATH = re.compile(
 MAX_IMAGE_BYTES = 150_000
 MAX_IMAGES_BYTES = 1_500_000
 MAX_CODE_LINES = 25
+TABLE_NUMBER = re.compile(r"\b(?:C\d{3}|E\d{2,3})\b")
 PARTS = [
     ("goals", ("goal",)),
     ("the idea", ("idea",)),
@@ -38,9 +39,7 @@ def is_code(cell) -> bool:
 def tidy(notebook) -> None:
     """Remove what differs from run to run; name the cells; count executed cells 1..n."""
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = nbformat.NotebookNode(
-        {"kernelspec": dict(KERNEL), "language_info": dict(LANGUAGE)}
-    )
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     name_cells(notebook)
     count = 0
     for cell in notebook.cells:
@@ -190,6 +189,8 @@ def chapter_problems(notebook, library_names: dict[str, str]) -> list[str]:
     """
     found = []
     for number, cell in enumerate(notebook.cells, start=1):
+        for name in TABLE_NUMBER.findall(cell.source):
+            found.append(f"cell {number} ({cell.id}): {name} means nothing to a reader")
         if not is_code(cell):
             continue
         lines = cell.source.count("\n") + 1

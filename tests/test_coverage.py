@@ -1,0 +1,126 @@
+"""The tables of what is covered are true: the cells exist, ran, assert, and can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import covered
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = ROOT / "chapters"
+ITEMS = covered.load(CHAPTERS / "coverage")
+# Counted from 1; item 6 belongs to the chapter on SlimPajama from end to end.
+REQUIRED = {f"C{number:03}" for number in range(1, 35)} - {"C006"}
+REQUIRED |= {f"E{number:02}" for number in [*range(1, 6), 9, 11, 12, *range(16, 32), 38]}
+
+
+def test_every_item_points_at_cells_that_ran_and_assert():
+    print(covered.counts(ITEMS))
+    assert covered.problems(ITEMS, CHAPTERS) == []
+
+
+def test_no_item_is_missing():
+    assert sorted(REQUIRED - {item.id for item in ITEMS}) == []
+
+
+def test_at_least_a_third_of_the_asserted_items_can_be_made_to_fail():
+    numbers = covered.counts(ITEMS)
+    assert numbers["perturbed"] >= covered.MIN_PERTURBED_SHARE * numbers["asserted"] > 0
+
+
+def run_perturbations(chapter, chapters):
+    command = [sys.executable, str(ROOT / "tools" / "covered.py"), "perturb", chapter, chapters]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("chapter", sorted({item.chapter for item in ITEMS if item.perturb}))
+def test_perturbing_what_a_cell_asserts_makes_it_fail(chapter):
+    outcome = run_perturbations(chapter, str(CHAPTERS))
+    print(f"{chapter}: {len(outcome)} perturbations")
+    assert {name: text for name, text in outcome.items() if text != "caught"} == {}
+
+
+@pytest.fixture
+def book(tmp_path):
+    """Write a chapter of four cells and a table with the given items; return its folder."""
+    cells = [
+        ("code", "setup", "factor = 2\ndef double(x):\n    return factor * x"),
+        ("code", "twice", "assert double(3) == 6"),
+        ("code", "idle", "print(double(1))"),
+        ("markdown", "story", "Written in 2017 (Vaswani et al.,\narXiv:1706.03762)."),
+    ]
+    notebook = nbformat.v4.new_notebook()
+    for number, (kind, name, source) in enumerate(cells, start=1):
+        new_cell = getattr(nbformat.v4, f"new_{kind}_cell")
+        cell = new_cell(source, id=name)
+        if kind == "code":
+            cell.execution_count = number
+        notebook.cells.append(cell)
+    notebook.cells[2].execution_count = None
+    nbformat.write(notebook, tmp_path / "01_x.ipynb")
+    (tmp_path / "coverage").mkdir()
+
+    def write(**keys):
+        keys = {"id": "C1", "title": "Twice", "question": "What is twice 3?", **keys}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+        text = "\n".join(["[[item]]", *lines])
+        (tmp_path / "coverage" / "01_x.toml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"cell": "twice"}, None),
+        ({"cell": ["setup", "twice"]}, None),
+        ({"cell": "thrice"}, "no cell 'thrice'"),
+        ({"cell": "setup"}, "no assertion in setup"),
+        ({"cell": ["twice", "idle"]}, "cell 'idle' was not executed"),
+        ({"cell": "story"}, "cell 'story' is text"),
+        ({}, "names no cell"),
+        ({"cell": "twice", "question": "Twice"}, "the question is not one"),
+        ({"cell": "twice", "chapter": "09_y"}, "the chapter does not exist"),
+        ({"cell": "twice", "perturb": "x = 1", "perturb_at": "setup"}, "is none of its cells"),
+        ({"background": True}, "background without a source"),
+        ({"background": True, "source": "arXiv:1234.5678"}, "does not quote the source"),
+        ({"background": True, "source": "Vaswani et al., arXiv:1706.03762"}, None),
+    ],
+)
+def test_a_table_that_is_not_true_is_rejected(book, keys, expected):
+    folder = book(**keys)
+    found = covered.problems(covered.load(folder / "coverage"), folder)
+    if expected is None:
+        assert found == []
+    else:
+        assert any(expected in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("perturb", "expected"),
+    [
+        ("factor = 3", "caught"),
+        ("double = lambda x: x", "caught"),
+        ("unused = 1", "passes although"),
+        ("double = None", "TypeError instead of AssertionError"),
+        ("1 / 0", "the perturbation itself fails"),
+    ],
+)
+def test_a_perturbation_must_make_the_cell_fail_by_its_assertion(book, perturb, expected):
+    folder = book(cell="twice", perturb=perturb)
+    (text,) = run_perturbations("01_x", str(folder)).values()
+    assert expected in text
+
+
+def test_the_page_lists_topic_question_and_chapter():
+    item = covered.Item("C1", "Rows | sums", "01_x", ("a",), "Why do rows sum to 1?")
+    page = covered.page([item], {"01_x": "Attention"})
+    line = "| Rows \\| sums | Why do rows sum to 1? | [Attention](chapters/01_x.ipynb) |"
+    assert line in page
+    assert "C1" not in page
