@@ -1,7 +1,7 @@
 """Make the students' notebooks from the solutions.
 
-    python tools/make_exercises.py            exercises/NN_name.ipynb from every solutions/NN_name.ipynb
-    python tools/make_exercises.py --check    compare instead of writing; exit code 1 if they differ
+    python tools/make_exercises.py            make exercises/*.ipynb from solutions/*.ipynb
+    python tools/make_exercises.py --check    compare instead; exit code 1 if they differ
 
 What lies between `### BEGIN SOLUTION` and `### END SOLUTION` becomes `# YOUR CODE HERE` and
 `raise NotImplementedError()`, what lies between `### BEGIN HIDDEN TESTS` and

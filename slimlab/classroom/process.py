@@ -174,6 +174,12 @@ class Keeper:
             "a process for the check", f"it did not start: {said[-1]}", "run `slimlab doctor`"
         )
 
+    def abort(self) -> None:
+        """End the check that another thread waits for; that thread clears up."""
+        process = self.process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process and whatever it runs; a later check starts a new one."""
         if self.connection is not None:

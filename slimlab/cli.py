@@ -1,0 +1,275 @@
+"""The command `slimlab`: look at the machine, list and run chapters, check, grade, hand out.
+
+Chapter 00 uses it. What a person can mend is shown without a traceback; `slimlab --debug ...` shows
+the traceback too. Every command imports what it needs when it runs, so that --help is quick.
+Production tools log to files and read configuration files as well; this prints.
+"""
+
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from slimlab import __version__
+from slimlab.config import InputError
+
+
+class Commands(click.Group):
+    """A group of commands that shows errors as messages."""
+
+    def invoke(self, ctx: click.Context):
+        """Run the command in `ctx`; exit with 2 for an InputError, 1 for any other error."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            asked = isinstance(error, InputError)
+            text = str(error) if asked else f"{type(error).__name__}: {error}"
+            click.echo(f"slimlab: {text}", err=True)
+            if not asked and not ctx.params.get("debug"):
+                click.echo("(slimlab --debug ... shows where)", err=True)
+            ctx.exit(2 if asked else 1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="slimlab")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool):
+    """Read, run, check and grade the book.
+
+    \b
+    Examples:
+      slimlab doctor                      what this machine has and lacks
+      slimlab list                        chapters and exercises
+      slimlab run 01                      run a chapter from top to bottom
+      slimlab check 01 my.ipynb           check one's own notebook
+      slimlab grade submissions/          grade a class
+      slimlab handout class/              a copy of the book for students
+    """
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool):
+    """Say what this machine has; for each problem the line that mends it.
+
+    \b
+    Exit code 1 if something that the book needs is missing.
+    Examples:
+      slimlab doctor
+      slimlab doctor --json > machine.json
+    """
+    from slimlab.doctor import examine, is_healthy, table
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([vars(one) for one in findings], indent=2))
+    else:
+        click.echo(table(findings))
+    sys.exit(0 if is_healthy(findings) else 1)
+
+
+@main.command(name="list")
+def list_chapters():
+    """List chapters, and their exercises with stars and points.
+
+    \b
+    Example:
+      slimlab list
+    """
+    from slimlab.classroom.exercise import load_exercises
+    from slimlab.classroom.runner import find_root
+
+    root = find_root()
+    for path in sorted((root / "chapters").glob("*.ipynb")):
+        click.echo(f"{path.stem:<34} {title_of(path)}")
+        for number, exercise in load_exercises(path.stem[:2]).items():
+            stars = "★" * exercise.stars
+            click.echo(f"    {number:<5} {exercise.title}  {stars}  {exercise.max_score} points")
+
+
+@main.command()
+@click.argument("chapters", nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path), help="Where the executed copies go.")
+def run(chapters: tuple[str, ...], out: Path | None):
+    """Run CHAPTERS (all of them without one) from top to bottom and keep executed copies.
+
+    \b
+    Examples:
+      slimlab run 01
+      slimlab run 00 01_attention --out mine/
+    """
+    from slimlab.classroom.runner import find_root, run_chapters
+
+    root = find_root()
+    out = out or root / "build" / "run"
+    reports = run_chapters(chapters, out, root)
+    click.echo(f"executed copies: {out}")
+    sys.exit(1 if any(report.failure for report in reports) else 0)
+
+
+@main.command()
+@click.argument("chapter")
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.option("--exercise", "only", metavar="N.M", help="Only this exercise.")
+@click.option("--hint", type=int, default=0, help="Show this hint too (with --exercise).")
+@click.option("--student", help="Whose numbers to use; default: the notebook's student(...).")
+@click.option("--seed", type=int, default=None, help="The class's seed; default: classroom.toml.")
+def check(
+    chapter: str, notebook: Path, only: str | None, hint: int, student: str | None, seed: int | None
+):
+    """Check the exercises of CHAPTER in NOTEBOOK, cell by marked cell.
+
+    \b
+    The cells run in processes with limits of time, memory and output: not a sandbox.
+    Exit code 0 with all points, 1 otherwise.
+    Examples:
+      slimlab check 02 my.ipynb
+      slimlab check 01 my.ipynb --exercise 1.2 --hint 1
+    """
+    from slimlab.classroom.process import Keeper
+    from slimlab.classroom.session import SESSION
+    from slimlab.classroom.submission import collect, read_cells, student_named
+
+    exercises = exercises_of(chapter)
+    if only is not None:
+        if only not in exercises:
+            there = ", ".join(exercises)
+            raise InputError("an exercise of this chapter", repr(only), f"choose from: {there}")
+        exercises = {only: exercises[only]}
+    cells = read_cells(notebook)
+    name = student or student_named(cells)
+    seed = SESSION.class_seed() if seed is None else seed
+    score = most = 0
+    with Keeper() as keeper:
+        for number, exercise in exercises.items():
+            report = keeper.check(exercise, collect(cells, number), name, seed, hint)
+            click.echo(report.text() + "\n")
+            score, most = score + report.score, most + report.max_score
+    click.echo(f"{score} of {most} points")
+    sys.exit(0 if score == most else 1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--chapter", help="Only this chapter; default: what each notebook holds.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: FOLDER/scores.")
+@click.option("--seed", type=int, help="Draw every student's numbers from name and this seed.")
+@click.option("--deadline", help="When work was due, like 2027-01-31T23:59.")
+@click.option("--late-penalty", type=float, help="Part of the points lost per day begun: 0.1.")
+@click.option(
+    "--submitted",
+    type=click.Path(path_type=Path),
+    help="CSV with columns student, submitted; default: the files' times.",
+)
+@click.option("--jobs", type=int, default=2, show_default=True, help="Graded at a time.")
+def grade(folder: Path, out: Path | None, submitted: Path | None, jobs: int, **given):
+    """Grade every notebook in FOLDER, or in one folder per student inside it.
+
+    \b
+    Writes scores.csv, totals.csv and a page per student. A file classroom.toml in FOLDER may hold
+    seed, deadline and late_penalty. Students' code runs in processes with limits of time, memory
+    and output: not a sandbox. Grade work that you do not trust in a container.
+    Examples:
+      slimlab grade submissions/
+      slimlab grade submissions/ --chapter 01 --deadline 2027-01-31T23:59 --late-penalty 0.1
+    """
+    from tqdm import tqdm
+
+    from slimlab.classroom.grade import find_submissions, grade_class, read_times
+    from slimlab.classroom.pages import NOT_A_SANDBOX, write_results
+
+    out = out or folder / "scores"
+    rules = class_rules(folder, given)
+    submissions = find_submissions(folder, out, read_times(submitted) if submitted else {})
+    quiet = not sys.stderr.isatty()
+    bar = {"total": len(submissions), "unit": "notebook", "desc": "grading", "disable": quiet}
+    results = grade_class(submissions, rules, jobs, lambda items: tqdm(items, **bar))
+    write_results(results, out)
+    for graded in results:
+        points = sum(row.points for row in graded.rows)
+        most = sum(row.max for row in graded.rows)
+        trouble = "" if graded.reports else f"  {graded.rows[0].message}"
+        click.echo(f"{graded.handed.student:<28} {points:6g} of {most}{trouble}")
+    click.echo(f"{len(results)} notebooks: {out / 'scores.csv'}, totals.csv and pages")
+    click.echo(NOT_A_SANDBOX)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--solutions", help="Chapters whose solutions are switched on: 01,02. '' for none.")
+@click.option("--seed", type=int, help="The class's seed, written into classroom.toml.")
+def handout(folder: Path, solutions: str | None, seed: int | None):
+    """Make a student's copy of the book in FOLDER; again to switch solutions on.
+
+    \b
+    Exercises that lie there already are never overwritten.
+    Examples:
+      slimlab handout class/ --seed 2027
+      slimlab handout class/ --solutions 01,02
+    """
+    from slimlab.classroom.handout import make_handout
+    from slimlab.classroom.runner import find_root
+
+    wanted = None
+    if solutions is not None:
+        parts = [part.strip() for part in solutions.split(",") if part.strip()]
+        wanted = tuple(part.zfill(2) for part in parts)
+    made = make_handout(find_root(), folder, wanted, seed)
+    shown = ", ".join(made.solutions) or "none"
+    click.echo(f"{made.folder}: {made.num_files} notebooks, solutions of: {shown}")
+    for name in made.kept:
+        click.echo(f"kept as it was: exercises/{name}")
+
+
+def title_of(path: Path) -> str:
+    """Return the first heading of the notebook at `path`, or nothing."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(one["source"]) for one in cells if one["cell_type"] == "markdown")
+    except (ValueError, KeyError, TypeError):
+        return "(not a notebook)"
+    found = re.search(r"^#\s+(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def exercises_of(chapter: str) -> dict:
+    """Return the exercises of `chapter` ("1", "01" or "01_attention"); InputError if none."""
+    from slimlab.classroom.exercise import load_exercises
+
+    digits = re.match(r"\d{1,2}(?!\d)", chapter)
+    found = load_exercises(digits[0].zfill(2)) if digits else {}
+    if not found:
+        known = [f"{k:02d}" for k in range(100) if load_exercises(f"{k:02d}")]
+        there = ", ".join(known) or "none yet"
+        raise InputError("a chapter that has exercises", repr(chapter), f"choose from: {there}")
+    return found
+
+
+def class_rules(folder: Path, given: dict):
+    """Return the rules of grading: options that were `given`, else classroom.toml in `folder`."""
+    from slimlab.classroom.grade import Rules, read_time
+    from slimlab.classroom.session import read_settings
+
+    settings = read_settings(folder / "classroom.toml")
+    settings |= {key: value for key, value in given.items() if value is not None}
+    chapter = settings.get("chapter")
+    if chapter is not None:
+        chapter = next(iter(exercises_of(chapter).values())).chapter
+    deadline = settings.get("deadline")
+    return Rules(
+        chapter,
+        settings.get("seed"),
+        None if deadline is None else read_time(str(deadline)),
+        settings.get("late_penalty", 0.0),
+    )
+
+
+if __name__ == "__main__":
+    main()
