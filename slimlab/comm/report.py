@@ -1,0 +1,105 @@
+"""Errors of communication, and the tables that say which rank stood where.
+
+Chapter 00 shows the first of them, chapter 07 provokes them all. A line is named by its number,
+its function and its text, so that it can be found in a notebook cell, which has no file.
+
+MPI names neither call nor line: a program that waits for itself just hangs. PyTorch names them
+after a time limit, with its debug level set to DETAIL.
+"""
+
+import linecache
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType, TracebackType
+
+LIBRARIES = ("slimlab", "torch", "numpy", "threading", "contextlib")
+
+
+class CommunicationError(RuntimeError):
+    """What run_ranks raises when a parallel program does not end as it should."""
+
+
+class DeadlockError(CommunicationError):
+    """Every rank that has not finished waits for something that can no longer come."""
+
+
+class MismatchError(CommunicationError):
+    """All ranks met in a collective, but not in the same one or not with fitting arguments."""
+
+
+class UnreceivedError(CommunicationError):
+    """All ranks finished, and a message is left that nobody received."""
+
+
+class RanksTimeoutError(CommunicationError, TimeoutError):
+    """The ranks had not finished after the time allowed."""
+
+
+class RankError(CommunicationError):
+    """One rank's program raised; the original exception is the __cause__.
+
+    rank     the rank that raised
+    message  what it raised and where
+    """
+
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+
+def text_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay out rows under headers in aligned columns.
+
+    headers  one word or two per column
+    rows     one value per column
+    """
+    cells = [list(headers), *([str(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def frames_of(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+    """Walk a running thread's frames with their line numbers, the innermost first.
+
+    frame  the innermost frame
+    """
+    while frame is not None:
+        yield frame, frame.f_lineno
+        frame = frame.f_back
+
+
+def frames_of_traceback(traceback: TracebackType | None) -> list[tuple[FrameType, int]]:
+    """List a traceback's frames with their line numbers, the innermost first.
+
+    traceback  as an exception carries it
+    """
+    steps = []
+    while traceback is not None:
+        steps.append((traceback.tb_frame, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    return steps[::-1]
+
+
+def user_line(steps: Iterable[tuple[FrameType, int]]) -> str:
+    """Describe the line of the reader's program that led here.
+
+    steps    frames with line numbers, the innermost first
+    returns  "line 3 of ring: value = comm.recv(1)": the innermost line outside of the libraries;
+             of slimlab outside of slimlab.comm where the program itself is slimlab's
+    """
+    steps = list(steps)
+    outside = [step for step in steps if _package(step[0]) not in LIBRARIES]
+    demos = [step for step in steps if _module(step[0]).startswith("slimlab.")]
+    demos = [step for step in demos if not _module(step[0]).startswith("slimlab.comm.")]
+    for frame, line in [*outside, *demos]:
+        text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
+        return f"line {line} of {frame.f_code.co_name}" + (f": {text}" if text else "")
+    return "before its first line"
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
+def _package(frame: FrameType) -> str:
+    return _module(frame).partition(".")[0]
