@@ -1,1 +1,1 @@
-"""Text: corpus, tokenizer, near-duplicates, batches."""
+"""Text: near-duplicates, sources, corpus, byte pairs, tokenizer, batches."""
