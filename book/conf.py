@@ -2,7 +2,6 @@
 
 project = html_title = "slimlab"
 author = "the authors of slimlab"
-copyright = "CC BY 4.0 (text), Apache-2.0 (code)"  # noqa: A001
 language = "en"
 
 extensions = ["myst_nb"]
@@ -38,7 +37,7 @@ mathjax2_config = {
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
-html_show_sourcelink = False
+html_show_sourcelink = html_show_copyright = False
 html_last_updated_fmt = None
 html_theme_options = {
     "show_toc_level": 2,

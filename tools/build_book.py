@@ -114,7 +114,7 @@ def chosen_solutions(solutions: list[Path], wanted: str) -> list[Path]:
 def toctree(caption: str, pages: list[str]) -> str:
     if not pages:
         return ""
-    lines = ["", "```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]
+    lines = ["", "```{toctree}", ":maxdepth: 1", f":caption: {caption}", "", *pages, "```", ""]
     return "\n".join(lines)
 
 
@@ -140,7 +140,7 @@ def assemble(root: Path, source: Path, pages: dict[str, Path], solutions: list[P
         (source / room).mkdir()
         for path in paths:
             shutil.copy2(path, source / room / path.name)
-    items = covered.load(root / "chapters" / "coverage")
+    items = [item for item in covered.load(root / "chapters" / "coverage") if item.chapter in pages]
     (source / "covered.md").write_text(covered.page(items, headings(pages)), encoding="utf-8")
     listed = {room: [f"{room}/{path.stem}" for path in paths] for room, paths in rooms.items()}
     contents = [
