@@ -227,6 +227,8 @@ def kernel_environment() -> dict[str, str]:
     """Return this process's environment, changed so that a kernel is quiet and finds slimlab."""
     paths = [str(SOURCE_FOLDER), os.environ.get("PYTHONPATH", "")]
     return {
+        # As on the reference machine; dozens of threads would slow small matrices down.
+        "OMP_NUM_THREADS": "2",
         **os.environ,
         "SLIMLAB_BATCH": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
