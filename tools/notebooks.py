@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import rules  # noqa: E402
 
 from slimlab.classroom import runner  # noqa: E402
+from slimlab.classroom.line import ProgressLine  # noqa: E402
 
 CELL_TIMEOUT_S = 120
 
@@ -55,7 +56,7 @@ def from_text(text: str):
 
 def execute(notebook, name: str, timeout_s: float) -> bool:
     """Execute and tidy `notebook`; print the failure and return False if a cell fails."""
-    line = runner.ProgressLine(name)
+    line = ProgressLine(name)
     failure = runner.execute(notebook, name, line.cell, timeout_s)
     line.close()
     if failure:

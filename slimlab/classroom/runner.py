@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from tqdm import tqdm
 
+from slimlab.classroom.line import ProgressLine
 from slimlab.config import InputError, require
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2]
@@ -212,14 +211,16 @@ def execute(
     client = NotebookClient(
         notebook, km=manager, timeout=cell_timeout_s, record_timing=False, interrupt_on_timeout=True
     )
-    with tempfile.TemporaryDirectory(prefix="slimlab-") as folder:
-        with client.setup_kernel(env=kernel_environment(), cwd=folder):
-            for number, (index, cell) in enumerate(code_cells, start=1):
-                on_cell(chapter, number, len(code_cells))
-                try:
-                    client.execute_cell(cell, index)
-                except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-                    return describe_failure(chapter, index, cell, error)
+    with (
+        tempfile.TemporaryDirectory(prefix="slimlab-") as folder,
+        client.setup_kernel(env=kernel_environment(), cwd=folder),
+    ):
+        for number, (index, cell) in enumerate(code_cells, start=1):
+            on_cell(chapter, number, len(code_cells))
+            try:
+                client.execute_cell(cell, index)
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+                return describe_failure(chapter, index, cell, error)
     return None
 
 
@@ -255,42 +256,3 @@ def describe_failure(
     return CellFailure(
         chapter, index + 1, cell.get("id", ""), line_number, source_line, message, traceback, change
     )
-
-
-class ProgressLine:
-    """One line per notebook on standard error: name, bar, cell k of n, seconds.
-
-    chapter  the name to show
-
-    On a terminal the seconds tick while a long cell runs; in a log it is one line at the end.
-    """
-
-    def __init__(self, chapter: str):
-        self.bar = tqdm(
-            desc=f"{chapter:<24}",
-            unit="cell",
-            bar_format="{desc} {bar:20} cell {n_fmt}/{total_fmt}  {elapsed_s:.0f} s",
-            disable=not sys.stderr.isatty(),
-        )
-        self.chapter, self.at, self.started = chapter, (0, 0), time.perf_counter()
-        self.stop = threading.Event()
-        threading.Thread(target=self.tick, daemon=True).start()
-
-    def tick(self) -> None:
-        """Redraw the line twice a second until it is closed."""
-        while not self.stop.wait(0.5):
-            self.bar.refresh()
-
-    def cell(self, chapter: str, number: int, total: int) -> None:
-        """Show that cell `number` of `total` of `chapter` starts."""
-        self.chapter, self.at = chapter, (number, total)
-        self.bar.n, self.bar.total = number, total
-        self.bar.refresh()
-
-    def close(self) -> None:
-        """Finish the line."""
-        self.stop.set()
-        self.bar.close()
-        if self.bar.disable:
-            seconds = time.perf_counter() - self.started
-            print(f"{self.chapter:<24} cell {self.at[0]}/{self.at[1]}  {seconds:.0f} s", flush=True)
