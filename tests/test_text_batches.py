@@ -55,7 +55,7 @@ def test_consecutive_windows_make_each_token_a_target_once(length):
     inputs = [token for x, _ in batches for token in x.flatten().tolist()]
     assert targets == list(range(1, length))
     assert inputs == list(range(length - 1))
-    assert all(x.shape[0] <= 2 and x.shape[1] <= 5 for x, _ in batches)
+    assert all(1 <= x.shape[0] <= 2 and 1 <= x.shape[1] <= 5 for x, _ in batches)
 
 
 @pytest.mark.parametrize(

@@ -320,3 +320,9 @@ def test_a_network_that_breaks_on_the_way_and_a_missing_column_are_named(monkeyp
         next(documents)
     with pytest.raises(InputError, match="row 0: its keys are 'text'"):
         next(hub_documents("some/set", text_key="content"))
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 3])
+def test_a_name_that_is_none_is_refused(name):
+    with pytest.raises(InputError, match="the name of a dataset"):
+        hub_documents(name)

@@ -208,6 +208,12 @@ def hub_documents(
     Raises InputError without the `datasets` package, without a network, for an unknown name,
     split or column.
     """
+    require(
+        isinstance(name, str) and bool(name.strip()),
+        "the name of a dataset of the hub",
+        f"{name!r}",
+        "give owner and name, such as 'DKYoon/SlimPajama-6B'",
+    )
     try:
         import datasets
     except ImportError as error:
