@@ -51,6 +51,9 @@ def main(debug: bool):
       slimlab check 01 my.ipynb           check one's own notebook
       slimlab grade submissions/          grade a class
       slimlab handout class/              a copy of the book for students
+    \f
+
+    debug  show tracebacks
     """
 
 
@@ -64,6 +67,9 @@ def doctor(as_json: bool):
     Examples:
       slimlab doctor
       slimlab doctor --json > machine.json
+    \f
+
+    as_json  print JSON
     """
     from slimlab.doctor import examine, is_healthy, table
 
@@ -104,6 +110,10 @@ def run(chapters: tuple[str, ...], out: Path | None):
     Examples:
       slimlab run 01
       slimlab run 00 01_attention --out mine/
+    \f
+
+    chapters  numbers or names
+    out       folder of the executed copies
     """
     from slimlab.classroom.runner import find_root, run_chapters
 
@@ -132,7 +142,16 @@ def check(
     Examples:
       slimlab check 02 my.ipynb
       slimlab check 01 my.ipynb --exercise 1.2 --hint 1
+    \f
+
+    chapter   number or name
+    notebook  an .ipynb or a .py in percent format
+    only      one exercise, "1.2"
+    hint      which hint to show
+    student   whose numbers to use
+    seed      the class's seed
     """
+    from slimlab.classroom.exercise import exercises_of
     from slimlab.classroom.process import Keeper
     from slimlab.classroom.session import SESSION
     from slimlab.classroom.submission import collect, read_cells, student_named
@@ -179,6 +198,13 @@ def grade(folder: Path, out: Path | None, submitted: Path | None, jobs: int, **g
     Examples:
       slimlab grade submissions/
       slimlab grade submissions/ --chapter 01 --deadline 2027-01-31T23:59 --late-penalty 0.1
+    \f
+
+    folder     what was collected
+    out        folder of the results
+    submitted  CSV of hand-in times
+    jobs       graded at a time
+    given      chapter, seed, deadline and late_penalty, where they were given
     """
     from tqdm import tqdm
 
@@ -213,6 +239,11 @@ def handout(folder: Path, solutions: str | None, seed: int | None):
     Examples:
       slimlab handout class/ --seed 2027
       slimlab handout class/ --solutions 01,02
+    \f
+
+    folder     where the copy goes
+    solutions  chapters, separated by commas
+    seed       the class's seed
     """
     from slimlab.classroom.handout import make_handout
     from slimlab.classroom.runner import find_root
@@ -239,21 +270,9 @@ def title_of(path: Path) -> str:
     return found[1].strip() if found else ""
 
 
-def exercises_of(chapter: str) -> dict:
-    """Return the exercises of `chapter` ("1", "01" or "01_attention"); InputError if none."""
-    from slimlab.classroom.exercise import load_exercises
-
-    digits = re.match(r"\d{1,2}(?!\d)", chapter)
-    found = load_exercises(digits[0].zfill(2)) if digits else {}
-    if not found:
-        known = [f"{k:02d}" for k in range(100) if load_exercises(f"{k:02d}")]
-        there = ", ".join(known) or "none yet"
-        raise InputError("a chapter that has exercises", repr(chapter), f"choose from: {there}")
-    return found
-
-
 def class_rules(folder: Path, given: dict):
     """Return the rules of grading: options that were `given`, else classroom.toml in `folder`."""
+    from slimlab.classroom.exercise import exercises_of
     from slimlab.classroom.grade import Rules, read_time
     from slimlab.classroom.session import read_settings
 

@@ -201,6 +201,22 @@ def load_exercises(chapter: str | Path) -> dict[str, Exercise]:
     return dict(sorted(found.items(), key=lambda item: tuple(map(int, item[0].split(".")))))
 
 
+def exercises_of(name: str) -> dict[str, Exercise]:
+    """Return the exercises of a chapter that has some.
+
+    name  "1", "01" or "01_attention"
+
+    Raises InputError that lists the chapters with exercises.
+    """
+    digits = re.match(r"\d{1,2}(?!\d)", name)
+    found = load_exercises(digits[0].zfill(2)) if digits else {}
+    if not found:
+        known = [f"{k:02d}" for k in range(100) if load_exercises(f"{k:02d}")]
+        there = ", ".join(known) or "none yet"
+        raise InputError("a chapter that has exercises", repr(name), f"choose from: {there}")
+    return found
+
+
 def find_exercise(number: str, source: str | Path | None = None) -> Exercise:
     """Return the exercise with this number.
 

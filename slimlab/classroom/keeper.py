@@ -9,6 +9,7 @@ Chapters' exercises use it. It is a limit, not a sandbox; production services gr
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import secrets
@@ -68,7 +69,7 @@ def serve(job: dict, connection: Connection) -> None:
                 job["first"] = result["index"] + 1
         if run.printed:
             tell(event="printed", text=run.printed.decode(errors="replace"))
-        if not run.any_result:
+        if not run.any_result or time.monotonic() > end_at:
             break
     tell(event="end")
 
@@ -197,7 +198,7 @@ class Watched:
                 return "more than 64 processes", "a few at most", "what starts processes"
         used_bytes = sum(self.above_baseline(one) for one in {self.process, *self.tree})
         if used_bytes > self.job["memory_mib"] * MIB:
-            saw = f"{used_bytes // MIB} MiB of memory used"
+            saw = f"{math.ceil(used_bytes / MIB)} MiB of memory used"
             return saw, f"at most {self.job['memory_mib']} MiB", "the largest tensor or list"
         return None
 
