@@ -24,7 +24,11 @@ class InputError(ValueError):
 
 
 def require(condition: bool, asked: str, given: str, change: str) -> None:
-    """Raise InputError(asked, given, change) unless `condition` holds."""
+    """Refuse bad input: raise InputError unless the condition holds.
+
+    condition             what must hold
+    asked, given, change  as in InputError
+    """
     if not condition:
         raise InputError(asked, given, change)
 
@@ -65,7 +69,13 @@ class ModelConfig:
 
 
 def check_size(name: str, value: object) -> None:
-    """Raise InputError unless `value` is a whole number of at least 1."""
+    """Refuse what is not a whole number of at least 1.
+
+    name   what the size is called, for the message
+    value  what was given
+
+    Raises InputError.
+    """
     whole = isinstance(value, int) and not isinstance(value, bool)
     require(
         whole and value >= 1,
@@ -76,7 +86,13 @@ def check_size(name: str, value: object) -> None:
 
 
 def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    """Raise InputError unless `divisor` divides `value`; name the divisors that would."""
+    """Refuse a divisor that leaves a remainder, and name those that would not.
+
+    divisor_name, divisor  the size that must divide, for instance num_heads
+    name, value            the size that must be divided, for instance d_model
+
+    Raises InputError.
+    """
     if value % divisor:
         fitting = [str(n) for n in range(1, value + 1) if value % n == 0]
         listed = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "..."])

@@ -1,0 +1,52 @@
+"""Configurations check themselves and say what was asked, given and to be changed."""
+
+import dataclasses
+
+import pytest
+
+from slimlab.config import InputError, ModelConfig
+
+SIZES = {"vocab_size": 11, "seq_len": 7, "d_model": 12, "num_layers": 2, "num_heads": 3}
+
+
+def test_sizes_that_are_left_out_follow_from_the_others():
+    config = ModelConfig(**SIZES)
+    assert (config.num_kv_heads, config.d_head, config.d_ff) == (3, 4, 48)
+
+
+def test_a_given_head_size_need_not_follow_from_the_width():
+    config = ModelConfig(**{**SIZES, "d_model": 10}, d_head=5)
+    assert config.d_head * config.num_heads != config.d_model
+
+
+def test_a_configuration_cannot_be_changed_but_varied_and_is_checked_again():
+    config = ModelConfig(**SIZES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_model = 24
+    with pytest.raises(InputError, match="num_layers"):
+        dataclasses.replace(config, num_layers=0)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "num_kv_heads", "d_head", "d_ff"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "3", True])
+def test_a_size_that_is_no_positive_whole_number_is_refused_by_name(name, value):
+    with pytest.raises(InputError, match=name) as caught:
+        ModelConfig(**{**SIZES, name: value})
+    assert repr(value) in caught.value.given
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers_that_would():
+    with pytest.raises(InputError) as caught:
+        ModelConfig(**{**SIZES, "num_heads": 5})
+    assert "num_heads = 5, d_model = 12, remainder 2" in caught.value.given
+    assert "1, 2, 3, 4, 6, 12" in caught.value.change
+
+
+def test_key_value_heads_must_divide_the_query_heads():
+    with pytest.raises(InputError, match="num_kv_heads"):
+        ModelConfig(**SIZES, num_kv_heads=2)
+
+
+def test_the_message_says_what_was_asked_given_and_to_be_changed():
+    text = str(InputError("an even number", "7", "give 6 or 8"))
+    assert text == "asked for: an even number\ngiven: 7\nchange: give 6 or 8"
