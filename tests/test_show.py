@@ -1,5 +1,6 @@
 """Figures hold the data they were given; listings are the source; progress is silent in a batch."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -204,8 +205,7 @@ def test_show_source_prints_the_source_under_its_full_name(capsys):
     show.show_source(config.require)
     printed = capsys.readouterr().out
     assert printed.startswith("slimlab.config.require\n─")
-    assert '"""Raise InputError' in printed
-    assert "if not condition:\n        raise InputError(asked, given, change)" in printed
+    assert printed.endswith(inspect.getsource(config.require))
 
 
 def test_show_source_without_docstring_is_the_same_program_and_shorter(capsys):
