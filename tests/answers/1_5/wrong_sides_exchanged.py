@@ -1,0 +1,11 @@
+import torch
+
+
+def merge(output_a, lse_a, output_b, lse_b):
+    lse = torch.logaddexp(lse_a, lse_b)
+    share = (lse_b - lse).exp()[..., None]
+    return share * output_a + (1 - share) * output_b, lse
+
+
+def merge_bytes(B, H, T, d_v, bytes_per_number):
+    return B * H * T * (d_v + 1) * bytes_per_number
