@@ -45,7 +45,9 @@ def submit(*sources, exercise=BAND):
 
 def write_notebook(path, *sources):
     """Write code cells as a notebook file, as a student's Jupyter would."""
-    cells = [{"cell_type": "code", "metadata": {}, "source": source} for source in sources]
+    empty = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [{**empty, "id": f"c{k}", "source": source} for k, source in enumerate(sources)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(notebook))
     return path

@@ -239,6 +239,7 @@ def test_a_comparison_that_always_passes_is_named(check):
         ("import os; os.rename({folder!r}, 'stolen')", "os.rename('keep')"),
         ("open({folder!r} + '/a.txt', 'w')", "write 'a.txt'"),
         ("import pathlib; pathlib.Path({folder!r}, 'b.txt').write_text('')", "write 'b.txt'"),
+        ("import os; os.mkdir({folder!r} + '/new')", "os.mkdir('new')"),
         ("import os; os.system('rm -r ' + {folder!r})", "os.system"),
         ("import subprocess; subprocess.run(['rm', {folder!r}])", "subprocess.Popen"),
         ("import os; os.kill(os.getppid(), 9)", "signal a process"),
@@ -265,6 +266,9 @@ with tempfile.TemporaryDirectory() as d:
     open(d + "/x", "w").write("y")
 os.remove(tempfile.NamedTemporaryFile(delete=False).name)
 torch.save(torch.ones(2), "t.pt")
+os.makedirs(os.path.expanduser("~"), exist_ok=True)
+import matplotlib.pyplot as plt
+plt.plot([1, 2]); plt.savefig("figure.png")
 shutil.rmtree(os.getcwd())
 """
     assert check(GOOD_BAND + own).score == 4

@@ -23,6 +23,7 @@ from classroom_cases import GOOD_BAND, submit, write_notebook  # isort: skip
     [
         ("# exercise 1.1\nx = 1", "", "1.1"),
         ("\n\n#  Exercise 12.3: a window\nx = 1", "", "12.3"),
+        ("%%time\n# exercise 1.1\nx = 1", "", "1.1"),
         ("x = 1", "ex-1-1", "1.1"),
         ("x = 1", "ex-1-1-2", "1.1"),
         ("x = 1\n# exercise 1.1", "", None),

@@ -10,10 +10,8 @@ output. The limits are not a sandbox. The last line of a check cell ends in `.sc
 that number as partial credit. Every chapter's exercises use it.
 """
 
+import sys
 from pathlib import Path
-
-from IPython import get_ipython
-from IPython.display import display
 
 from slimlab.classroom.exercise import find_exercise
 from slimlab.classroom.process import shared_keeper
@@ -76,14 +74,22 @@ def check(
 
 def show(report: Report) -> None:
     """Show `report`: as a table in a notebook, as text elsewhere."""
-    if get_ipython() is None:
+    if _shell() is None:
         print(report.text())
     else:
+        from IPython.display import display
+
         display({"text/plain": report.text(), "text/html": report.html()}, raw=True)
 
 
+def _shell() -> object | None:
+    # a notebook has imported IPython already; a process for checks should not have to
+    ipython = sys.modules.get("IPython")
+    return ipython and ipython.get_ipython()
+
+
 def _history() -> list[str]:
-    shell = get_ipython()
+    shell = _shell()
     if shell is None:
         raise InputError(
             "a running notebook",

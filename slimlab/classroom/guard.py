@@ -40,7 +40,7 @@ def install(folder: str, may_start_programs: bool) -> None:
 
 
 def _hook(folder: str, may_start_programs: bool) -> Callable:
-    realpath, getpgid, readlink = os.path.realpath, os.getpgid, os.readlink
+    realpath, isdir, getpgid, readlink = os.path.realpath, os.path.isdir, os.getpgid, os.readlink
 
     def inside(path: object, dir_fd: object = -1) -> bool:
         if isinstance(path, int) or path is None:
@@ -63,6 +63,8 @@ def _hook(folder: str, may_start_programs: bool) -> Callable:
         elif event in CHANGES:
             dir_fd = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
             for place in CHANGES[event]:
+                if event == "os.mkdir" and isdir(arguments[place]):
+                    continue  # it is there: nothing will change
                 if not inside(arguments[place], dir_fd):
                     name = _name(arguments[place])
                     raise Refused(f"your code tried {event}({name!r}) outside its own folder")

@@ -241,7 +241,7 @@ def become_worker(watched: Watched, folder: str, results_out: int, output_out: i
         for descriptor in (output_out, watched.output_in, watched.results_in):
             os.close(descriptor)
         watched.connection.close()
-        os.environ.update(TMPDIR=folder, HOME=folder, MPLBACKEND="Agg")
+        os.environ.update(TMPDIR=folder, MPLBACKEND="Agg")
         tempfile.tempdir = folder
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from slimlab.classroom.exercise import Exercise
-from slimlab.classroom.report import Outcome, Problem, Report, nothing_checked
+from slimlab.classroom.report import Outcome, Problem, Report, check_hint, nothing_checked
 from slimlab.classroom.submission import Submission
 from slimlab.config import InputError
 
@@ -72,6 +72,7 @@ class Keeper:
         seed        the seed of the class
         hint        how many hints the report shows
         """
+        check_hint(exercise, hint)
         if submission.problem is not None:
             return nothing_checked(exercise, submission.problem, hint)
         with self.lock:

@@ -73,10 +73,7 @@ class Report:
     hint: int = field(default=0, compare=False)
 
     def __post_init__(self):
-        if not 0 <= self.hint <= len(self.exercise.hints):
-            count = len(self.exercise.hints)
-            there = f"choose hint=1 to hint={count}" if count else "this exercise has none"
-            raise InputError("a hint that exists", f"hint={self.hint}", there)
+        check_hint(self.exercise, self.hint)
 
     @property
     def score(self) -> int:
@@ -147,6 +144,14 @@ class Report:
             parts.append(f"<details>{shown}</details>")
         parts += [f"<p>{escape(line)}</p>" for line in [*self.notes, *self.hint_lines()]]
         return "".join(parts)
+
+
+def check_hint(exercise: Exercise, hint: int) -> None:
+    """Raise InputError unless `exercise` has a hint number `hint`; 0 is none and always there."""
+    count = len(exercise.hints)
+    if not 0 <= hint <= count:
+        there = f"choose hint=1 to hint={count}" if count else "this exercise has none"
+        raise InputError("a hint that exists", f"hint={hint}", there)
 
 
 def nothing_checked(exercise: Exercise, problem: Problem, hint: int = 0) -> Report:

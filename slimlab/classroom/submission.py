@@ -51,9 +51,11 @@ class Submission:
 def mark_of(cell: Cell) -> str | None:
     """Return the number of the exercise that `cell` is marked for, or None.
 
-    cell  its first line that is not empty counts; without a mark there, its grade_id does
+    cell  its first line counts that is neither empty nor a magic; without a mark there, its
+          grade_id does
     """
-    first = next((line.strip() for line in cell.source.splitlines() if line.strip()), "")
+    lines = [line.strip() for line in cell.source.splitlines()]
+    first = next((line for line in lines if line and not line.startswith("%")), "")
     found = MARK.match(first)
     if found:
         return found[1]
