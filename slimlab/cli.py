@@ -26,6 +26,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
             raise
+        except BrokenPipeError:
+            raise  # `slimlab list | head`: click ends quietly
         except Exception as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()

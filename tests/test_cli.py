@@ -200,6 +200,15 @@ def test_the_command_runs_as_a_program_of_its_own(tmp_path):
     )
 
 
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    path = write_notebook(tmp_path / "my.ipynb", "x = 1")
+    program = f"{sys.executable} -m slimlab.cli check 90 {path} | head -n 1"
+    environment = {"PYTHONPATH": str(ROOT), "SLIMLAB_CHECKS": str(SAMPLE), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(program, shell=True, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("Exercise 90.1")
+    assert "Error" not in done.stderr
+
+
 def test_help_does_not_wait_for_torch():
     program = "import sys, slimlab.cli; print(sorted({'torch', 'IPython'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
