@@ -28,7 +28,7 @@ book: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
-	@$(BIN)/python -m pytest --nbval chapters solutions
+	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=120 chapters solutions
 
 lab: $(READY)
 	@$(BIN)/jupyter lab chapters
