@@ -311,12 +311,18 @@ def test_a_keeper_that_was_killed_is_started_again(keeper, check):
     assert check(GOOD_BAND).score == 4
 
 
-def test_a_keeper_killed_in_the_middle_gives_a_report_and_leaves_nothing(keeper, check):
+def test_a_keeper_killed_in_the_middle_gives_a_report_and_leaves_nothing(
+    keeper, check, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    keeper.close()
     check(GOOD_BAND)
     threading.Timer(0.4, keeper.abort).start()
     report = check(inside("while True: pass"))
     assert report.score == 0
     assert "the process that runs the checks ended" in report.text()
+    assert os.listdir(tmp_path) == []
+    keeper.close()
 
 
 def test_a_closed_keeper_leaves_no_process():

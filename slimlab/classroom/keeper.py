@@ -105,7 +105,8 @@ class Watched:
         os.close(output_out)
         self.process = psutil.Process(pid)
         try:
-            self.connection.send_bytes(json.dumps({"event": "forked", "pid": pid}).encode())
+            forked = {"event": "forked", "pid": pid, "folder": folder}
+            self.connection.send_bytes(json.dumps(forked).encode())
             yield from self.watch(pid)
         finally:
             end_everything(pid)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,7 +48,7 @@ class Keeper:
     def __init__(self):
         self.process: subprocess.Popen | None = None
         self.connection: Connection | None = None
-        self.worker_pid = 0
+        self.worker_pid, self.worker_folder = 0, ""
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -124,10 +125,10 @@ class Keeper:
         while True:
             content = self._receive(timeout_s)
             if content["event"] == "forked":
-                self.worker_pid = content["pid"]
+                self.worker_pid, self.worker_folder = content["pid"], content["folder"]
                 continue
             if content["event"] == "end":
-                self.worker_pid = 0
+                self.worker_pid, self.worker_folder = 0, ""
                 return
             yield content
             if content["event"] == "gone":
@@ -195,7 +196,8 @@ class Keeper:
             if self.worker_pid:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.worker_pid, signal.SIGKILL)
-            self.process, self.worker_pid = None, 0
+                shutil.rmtree(self.worker_folder, ignore_errors=True)
+            self.process, self.worker_pid, self.worker_folder = None, 0, ""
 
 
 @functools.cache
