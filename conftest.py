@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parent
 
 # nbval's kernels inherit these; in-process tests never open a window.
 os.environ["SLIMLAB_BATCH"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# More threads than free cores make small matrix products slower by an order of magnitude.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
