@@ -5,6 +5,7 @@ A configuration is a frozen dataclass: it cannot be changed after it was checked
 """
 
 from dataclasses import dataclass
+from math import isqrt
 
 
 class InputError(ValueError):
@@ -94,7 +95,8 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
     Raises InputError.
     """
     if value % divisor:
-        fitting = [str(n) for n in range(1, value + 1) if value % n == 0]
+        small = [n for n in range(1, isqrt(value) + 1) if value % n == 0]
+        fitting = [str(n) for n in sorted({*small, *(value // n for n in small)})]
         listed = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "..."])
         raise InputError(
             f"a {divisor_name} that divides {name}",

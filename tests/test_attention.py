@@ -155,6 +155,13 @@ BAD_INPUT = {
     "a list": (lambda a: {**a, "value": a["value"].tolist()}, "given: a list"),
     "two dtypes": (lambda a: {**a, "value": a["value"].float()}, "one dtype"),
     "two devices": (lambda a: {**a, "value": a["value"].to("meta")}, "one device"),
+    "a sparse key": (lambda a: {**a, "key": a["key"].to_sparse()}, "layout torch.sparse_coo"),
+    "eight bits": (
+        lambda a: {name: x.to(torch.float8_e4m3fn) for name, x in a.items()}, "float8_e4m3fn",
+    ),
+    "a mask on another device": (
+        lambda a: {**a, "mask": torch.ones(3, 5, dtype=torch.bool, device="meta")}, "one device",
+    ),
     "a scale that is no number": (lambda a: {**a, "scale": float("nan")}, "scale = nan"),
     "a mask of another dtype": (lambda a: {**a, "mask": torch.zeros(3, 5)}, "float32"),
     "a mask of another shape": (
@@ -192,3 +199,11 @@ def test_weights_refuse_a_query_that_may_attend_nowhere():
     mask[2] = False
     with pytest.raises(InputError, match=r"mask\[2\]"):
         attention_weights(torch.ones(3, 8), torch.ones(5, 8), mask)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_without_values_give_the_shape_of_the_result(form):
+    # torch.device("meta") serves to plan memory; a mask there has no values to check.
+    inputs = {name: x.to("meta") for name, x in good().items()}
+    mask = torch.ones(3, 5, dtype=torch.bool, device="meta")
+    assert scaled_dot_product_attention(**inputs, mask=mask, form=form).shape == (2, 4, 3, 6)

@@ -6,7 +6,7 @@ from attention_cases import draw, make_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimlab.config import InputError
-from slimlab.model.attention import explicit_attention
+from slimlab.model.attention import explicit_attention, scaled_dot_product_attention
 from slimlab.model.tiled import tiled_attention, tiles
 
 MASKS = ("none", "causal, T < S", "padding", "finite bias", "bias per head", "bias per query")
@@ -105,3 +105,38 @@ def test_tiles_cover_every_key_once():
 def test_a_tile_holds_a_whole_number_of_keys(tile_size):
     with pytest.raises(InputError, match="tile_size"):
         tiled_attention(*draw(1, 1), None, 0.3, tile_size)
+
+
+def test_a_gradient_of_the_gradient_is_refused_even_where_the_output_gradient_is_constant():
+    query, key, value = draw(4, 2)
+    weight = torch.eye(8, dtype=torch.float64, requires_grad=True)
+    output = tiled_attention(query @ weight, key, value, None, 0.3)
+    # The sum's gradient is constant; the gradient of query would still depend on weight.
+    with pytest.raises(InputError, match="explicit"):
+        torch.autograd.grad(output.sum(), query, create_graph=True)
+
+
+def test_many_equal_keys_in_float16_do_not_overflow_the_sums():
+    # 70,000 terms of exp(0): more than float16's greatest number, 65,504.
+    zeros = torch.zeros(1, 70_000, 4, dtype=torch.float16)
+    value = torch.full_like(zeros, 100.0).requires_grad_()
+    found = tiled_attention(zeros[:, :3], zeros, value, None, 0.5)
+    assert found.dtype == torch.float16
+    # A mean of equal numbers, within the rounding of float16.
+    assert (found - 100).abs().max() <= 100 * 2**-10
+    (grad,) = torch.autograd.grad(found.sum(), value)
+    assert grad.dtype == torch.float16
+    assert grad.isfinite().all()
+
+
+def test_autocast_leaves_forward_and_backward_with_the_same_weights():
+    inputs = [x.detach().float().requires_grad_() for x in draw(4, 2, S=41)]
+    inputs[0].data *= 30  # scores of which bfloat16 keeps no digit behind the point
+
+    def gradients(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = scaled_dot_product_attention(*inputs, form="tiled")
+        return torch.autograd.grad(output.square().sum(), inputs)
+
+    for found, expected in zip(gradients(True), gradients(False)):
+        assert torch.equal(found, expected)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from slimlab.config import InputError, ModelConfig
+from slimlab.config import InputError, ModelConfig, check_divides
 
 SIZES = {"vocab_size": 11, "seq_len": 7, "d_model": 12, "num_layers": 2, "num_heads": 3}
 
@@ -50,3 +50,10 @@ def test_key_value_heads_must_divide_the_query_heads():
 def test_the_message_says_what_was_asked_given_and_to_be_changed():
     text = str(InputError("an even number", "7", "give 6 or 8"))
     assert text == "asked for: an even number\ngiven: 7\nchange: give 6 or 8"
+
+
+def test_the_fitting_numbers_of_a_huge_size_are_found_at_once():
+    # Trying all numbers below 10**12 would take half a day.
+    with pytest.raises(InputError) as caught:
+        check_divides("num_heads", 3, "d_model", 10**12)
+    assert "choose num_heads from 1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, ..." in caught.value.change

@@ -104,6 +104,7 @@ BAD = {
     "NaN": ((1 - causal_mask(3, 5).float()) * -math.inf, "NaN"),
     "plus infinity": (torch.full((3, 5), math.inf), "15 +inf"),
     "transposed": (causal_mask(3, 5).T, "shape (5, 3)"),
+    "sparse": (causal_mask(3, 5).to_sparse(), "layout torch.sparse_coo"),
     "three dims": (torch.ones(4, 3, 5, dtype=torch.bool), "(1, H, T, S) for one per head"),
     "one dim": (torch.ones(5, dtype=torch.bool), "shape (5,)"),
     "other batch": (torch.ones(3, 1, 3, 5, dtype=torch.bool), "shape (3, 1, 3, 5)"),
@@ -134,3 +135,18 @@ def test_the_first_of_several_empty_rows_is_named():
         check_mask(mask, SCORES)
     assert "mask[1]" in error.value.given
     assert "2 such rows of 3" in error.value.given
+
+
+@pytest.mark.parametrize("lengths", [[1, "two"], None, [[1], [2, 3]], [2**70], 3, [0], [1.0]])
+def test_lengths_that_are_no_whole_numbers_from_one_to_S_are_refused(lengths):
+    with pytest.raises(InputError, match="one whole number from 1 to S = 5"):
+        padding_mask(lengths, 5)
+
+
+def test_only_a_mask_becomes_additive_and_only_in_a_type_with_minus_infinity():
+    with pytest.raises(InputError, match="int64"):
+        to_additive(torch.ones(3, 5, dtype=torch.int64))
+    with pytest.raises(InputError, match="a list"):
+        to_additive([[True]])
+    with pytest.raises(InputError, match="dtype = torch.int32"):
+        to_additive(causal_mask(3), torch.int32)

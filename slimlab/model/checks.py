@@ -6,10 +6,13 @@ Chapters 01 and 02 show the errors. Production kernels check less and broadcast 
 
 import math
 
+import torch
 from torch import Tensor
 
 from slimlab.config import require
 from slimlab.model.masks import check_mask
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_attention(
@@ -35,6 +38,8 @@ def check_attention(
         "leave scale out",
     )
     if mask is not None:
+        if isinstance(mask, Tensor):
+            _check_same({**named, "mask": mask}, "device")
         check_mask(mask, (*query.shape[:-1], key.shape[-2]))
         require(
             not mask.is_floating_point() or mask.dtype == query.dtype,
@@ -42,15 +47,16 @@ def check_attention(
             f"a mask of dtype {mask.dtype}",
             f"give mask.to({query.dtype}), or a boolean mask",
         )
-        _check_same({**named, "mask": mask}, "device")
 
 
 def _check_kinds(named: dict[str, Tensor]) -> None:
     for name, x in named.items():
+        dense = isinstance(x, Tensor) and x.layout == torch.strided
         require(
-            isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2,
-            f"{name}: a floating tensor of at least two dims, (positions, features)",
-            f"{_describe(x)}",
+            dense and x.dtype in FLOATS and x.dim() >= 2,
+            f"{name}: a floating tensor of at least two dims, (positions, features), dense and of "
+            "16, 32 or 64 bits",
+            _describe(x),
             f"give {name} as a tensor such as {name}.float(), with a row for every position",
         )
     _check_same(named, "dtype")
@@ -103,5 +109,6 @@ def _check_shapes(named: dict[str, Tensor]) -> None:
 
 def _describe(x: object) -> str:
     if isinstance(x, Tensor):
-        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
+        layout = "" if x.layout == torch.strided else f" and layout {x.layout}"
+        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}{layout}"
     return f"a {type(x).__name__}"

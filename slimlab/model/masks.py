@@ -10,7 +10,8 @@ the first means sequences or heads. A query that may attend to no key is refused
 0/0, which some kernels return as NaN and others as 0.
 
 Production code never stores a causal mask: its kernels compare positions inside a tile. And it
-does not look into a mask before it computes, since on a GPU looking costs a wait.
+does not look into a mask before it computes, since on a GPU looking costs a wait, and torch.func's
+vmap does not allow it.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from slimlab.config import InputError, check_size, require
+
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def causal_mask(T: int, S: int | None = None, *, device: torch.device | None = None) -> Tensor:
@@ -53,15 +56,20 @@ def padding_mask(lengths: Sequence[int] | Tensor, S: int) -> Tensor:
     Raises InputError if a length is not a whole number from 1 to S.
     """
     check_size("S", S)
-    lengths = torch.as_tensor(lengths)
-    whole = lengths.dim() == 1 and lengths.numel() > 0 and not lengths.is_floating_point()
+    asked = f"lengths: one whole number from 1 to S = {S} per sequence"
+    change = "count the true tokens of each sequence; leave out sequences that have none"
+    try:
+        counts = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(asked, f"lengths = {lengths!r}", change) from error
+    whole = counts.dim() == 1 and counts.numel() > 0 and counts.dtype in WHOLE
     require(
-        whole and lengths.dtype != torch.bool and bool(((lengths >= 1) & (lengths <= S)).all()),
-        f"lengths: one whole number from 1 to S = {S} per sequence",
-        f"lengths = {lengths.tolist()}",
-        "count the true tokens of each sequence; leave out sequences that have none",
+        whole and bool(((counts >= 1) & (counts <= S)).all()),
+        asked,
+        f"lengths = {counts.tolist()}",
+        change,
     )
-    return (torch.arange(S, device=lengths.device) < lengths[:, None])[:, None, None, :]
+    return (torch.arange(S, device=counts.device) < counts[:, None])[:, None, None, :]
 
 
 def to_additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +78,15 @@ def to_additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     mask     boolean, or additive already
     dtype    floating type of the scores
     returns  0 where a query may attend, minus infinity where not; an additive mask in `dtype`
+    Raises InputError for a mask of whole numbers, and for a dtype without minus infinity.
     """
+    _check_mask_kind(mask)
+    require(
+        dtype.is_floating_point,
+        "dtype: a floating type, for its minus infinity",
+        f"dtype = {dtype}",
+        "give the dtype of query",
+    )
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
@@ -99,14 +115,12 @@ def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
     Raises InputError for a mask that is neither, does not fit, holds NaN or plus infinity, holds
     only 0 and 1 as floats, or has a row that allows no key at all.
     """
-    require(
-        isinstance(mask, Tensor),
-        "mask: a tensor, boolean or floating, or None",
-        f"a {type(mask).__name__}",
-        "use causal_mask, padding_mask or torch.tensor(...)",
-    )
+    _check_mask_kind(mask)
     _check_mask_shape(mask, tuple(shape))
-    _check_mask_values(mask)
+    if mask.is_meta:  # a tensor without values, as torch.device("meta") makes
+        return
+    if mask.is_floating_point():
+        _check_additive_values(mask)
     allowed = mask if mask.dtype == torch.bool else mask != -torch.inf
     empty = ~allowed.any(dim=-1)
     if empty.any():
@@ -118,6 +132,22 @@ def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
             "let the query attend to itself, or leave it out and drop its result; "
             "if True meant 'hidden' in your mask, give ~mask",
         )
+
+
+def _check_mask_kind(mask: object) -> None:
+    require(
+        isinstance(mask, Tensor) and mask.layout == torch.strided,
+        "mask: a dense tensor, boolean or floating, or None",
+        f"a {type(mask).__name__}"
+        + (f" of layout {mask.layout}" if isinstance(mask, Tensor) else ""),
+        "use causal_mask, padding_mask or torch.tensor(...)",
+    )
+    require(
+        mask.dtype == torch.bool or mask.is_floating_point(),
+        "a boolean mask (True: may attend) or a floating one (added to the scores)",
+        f"a mask of dtype {mask.dtype}",
+        "use mask.bool() if 1 means 'may attend', mask == 0 if 1 means 'hidden'",
+    )
 
 
 def _check_mask_shape(mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -133,15 +163,7 @@ def _check_mask_shape(mask: Tensor, shape: tuple[int, ...]) -> None:
     )
 
 
-def _check_mask_values(mask: Tensor) -> None:
-    if mask.dtype == torch.bool:
-        return
-    require(
-        mask.is_floating_point(),
-        "a boolean mask (True: may attend) or a floating one (added to the scores)",
-        f"a mask of dtype {mask.dtype}",
-        "use mask.bool() if 1 means 'may attend', mask == 0 if 1 means 'hidden'",
-    )
+def _check_additive_values(mask: Tensor) -> None:
     bad = mask.isnan() | (mask == torch.inf)
     if bad.any():
         raise InputError(

@@ -9,16 +9,17 @@ FlashAttention, algorithms 1 to 4.
 
 Production kernels do this inside one GPU program that keeps a tile in fast memory and accumulates
 in float32; they tile the queries as well, skip tiles that a causal mask hides whole, and use
-random numbers again for dropout. Here the arithmetic is the point: it saves memory, not time.
+random numbers again for dropout. Here the arithmetic is the point: it saves memory, not time. Nor
+can it be differentiated twice, or by the transforms of torch.func.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from slimlab.config import check_size
+from slimlab.config import check_size, require
 from slimlab.model.heads import repeat_heads, sum_groups
 from slimlab.model.masks import apply_mask
 
@@ -56,22 +57,52 @@ class TiledAttention(torch.autograd.Function):
 
         ctx, query, key, value, mask, scale, tile_size as in tiled_attention
         """
-        output, logsumexp = tiled_forward(query, key, value, mask, scale, tile_size)
-        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
         ctx.scale, ctx.tile_size = scale, tile_size
+        with _own_precision(query):
+            wide = _widened(query, key, value, mask)
+            output, logsumexp = tiled_forward(*wide, scale, tile_size)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
         """Return the gradients of query, key, value and mask.
 
         ctx          what forward saved
         grad_output  (B, H, T, Ev)
+
+        Raises InputError if these gradients are to be differentiated (create_graph=True).
         """
-        given = (grad_output, *ctx.saved_tensors, ctx.scale, ctx.tile_size)
-        grad_mask = mask_gradient(*given) if ctx.needs_input_grad[3] else None
-        return *tiled_backward(*given), grad_mask, None, None
+        # once_differentiable would let through what it cannot see, a constant grad_output: the
+        # second derivatives would then lack a term without a word.
+        require(
+            not torch.is_grad_enabled(),
+            "the gradient of tiled attention, once",
+            "a gradient that is to be differentiated again (create_graph=True)",
+            'choose form="explicit" there',
+        )
+        saved = ctx.saved_tensors
+        with _own_precision(grad_output):
+            given = (*_widened(grad_output, *saved), ctx.scale, ctx.tile_size)
+            grad_mask = mask_gradient(*given) if ctx.needs_input_grad[3] else None
+            grads = (*tiled_backward(*given), grad_mask)
+        narrow = (g if g is None else g.to(x.dtype) for g, x in zip(grads, saved))
+        return *narrow, None, None
+
+
+def _own_precision(x: Tensor) -> AbstractContextManager:
+    """Switch autocast off: it would round the scores forward and not backward, or otherwise."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
+
+
+def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors, those of 16 bits in float32: a sum over many keys needs its range."""
+    return [
+        x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+        for x in tensors
+    ]
 
 
 def tiles(num_keys: int, tile_size: int) -> Iterator[slice]:
