@@ -2,8 +2,11 @@
 
 import _thread
 import linecache
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from slimlab.config import InputError
 
 # None of the errors below but the timeouts may need a time limit: this one would fail the test.
 NEVER_S = 250
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def error_of(program, world_size, kind, **options):
@@ -147,6 +151,11 @@ def test_different_collectives_are_named_per_rank():
         ((torch.ones(2), "sum"), (torch.ones(2, 1), "sum"), "float32 (2, 1), op=sum"),
         ((torch.ones(2), "sum"), (torch.ones(2).double(), "sum"), "float64 (2,), op=sum"),
         ((torch.ones(2), "sum"), (torch.ones(2), "max"), "float32 (2,), op=max"),
+        (
+            (torch.ones(2), "sum"),
+            (torch.ones(2, device="meta"), "sum"),
+            "float32 (2,) on meta, op=sum",
+        ),
     ],
 )
 def test_an_all_reduce_with_other_shapes_dtypes_or_operations_is_named_per_rank(
@@ -236,7 +245,68 @@ def test_a_message_that_nobody_received_is_an_error():
             comm.send(torch.ones(2, 3), 1, tag=4)
 
     error = error_of(program, 2, UnreceivedError)
-    assert "rank 0 to rank 1, tag 4, shape (2, 3)" in str(error)
+    assert "rank 0 to rank 1: one of shape (2, 3) with tag 4" in str(error)
+
+
+def test_thousands_of_messages_that_nobody_received_are_told_in_one_line():
+    def program(comm):
+        for _ in range(5000):
+            comm.send(torch.ones(2, 3), 1 - comm.rank)
+
+    lines = str(error_of(program, 2, UnreceivedError)).splitlines()
+    assert "rank 1 to rank 0: 5,000 messages, the first of shape (2, 3), with tag 0" in lines
+    assert len(lines) < 6
+
+
+def test_an_error_whose_own_message_fails_ends_the_run_as_well():
+    class Unspeakable(BaseException):
+        def __str__(self):
+            raise ValueError("no words")
+
+    def program(comm):
+        if comm.rank == 1:
+            raise Unspeakable
+        comm.barrier()
+
+    error = error_of(program, 2, RankError)
+    assert "rank 1 raised Unspeakable, whose message fails with ValueError" in str(error)
+    assert isinstance(error.__cause__, Unspeakable)
+
+
+def test_a_communicator_is_of_no_use_after_its_run():
+    comm = run_ranks(lambda comm: comm, 2)[0]
+    for call in (comm.barrier, lambda: comm.send(torch.ones(1), 1), lambda: comm.recv(1)):
+        with pytest.raises(CommunicationError, match="the run is over"):
+            call()
+
+
+SWALLOW = """
+from slimlab.comm.launch import run_ranks
+
+rounds = [0, 0]
+
+def program(comm):
+    while True:
+        rounds[comm.rank] += 1
+        try:
+            comm.recv(1 - comm.rank)
+        except:
+            pass
+
+try:
+    run_ranks(program, 2)
+except RuntimeError as error:
+    print(type(error).__name__, *rounds)
+"""
+
+
+def test_a_rank_that_catches_everything_for_ever_stops_using_the_processor():
+    # In a process of its own, since the threads of such ranks never end.
+    done = subprocess.run([sys.executable, "-c", SWALLOW], cwd=ROOT, capture_output=True, text=True)
+    name, *rounds = done.stdout.split()
+    assert name == "DeadlockError", done.stderr
+    # Each of the hundred stops starts one more round, and so does the interrupt of the thread.
+    assert 100 <= max(map(int, rounds)) <= 110
 
 
 def test_an_endless_loop_is_ended_and_its_line_named():
@@ -352,6 +422,12 @@ def test_a_bad_argument_is_an_input_error_on_its_rank(fault):
         ({"timeout_s": 0}, "timeout_s = 0"),
         ({"timeout_s": None}, "always returns"),
         ({"timeout_s": float("inf")}, "timeout_s = inf"),
+        ({"timeout_s": 1e12}, "timeout_s = 1000000000000.0"),
+        ({"timeout_s": float("nan")}, "timeout_s = nan"),
+        ({"program": lambda: None}, r"\(\) for a communicator and 0 args"),
+        ({"program": lambda comm, x: None}, "missing a required argument: 'x'"),
+        ({"args": (1, 2)}, r"\(comm\) for a communicator and 2 args"),
+        ({"program": (lambda comm: (yield))}, "holds yield or await"),
         ({"args": 5}, r"args=\(x,\)"),
     ],
 )

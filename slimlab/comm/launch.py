@@ -5,12 +5,13 @@ will run unchanged where ranks are processes. Production launchers (mpirun, torc
 processes on many machines and know nothing of what they run.
 """
 
-import math
+import inspect
+import threading
 from collections.abc import Callable
 
 from slimlab.comm.base import PayloadLedger
 from slimlab.comm.threads import run_in_threads
-from slimlab.config import check_size, require
+from slimlab.config import InputError, check_size, require
 
 MAX_THREAD_RANKS = 256
 
@@ -34,7 +35,8 @@ def run_ranks(
 
     The ranks take turns, always in the same order. Each has a torch random state of its own that
     starts as a copy of the caller's. Global variables are shared: a program that is to run
-    everywhere keeps its data in local ones.
+    everywhere keeps its data in local ones. Two threads that call run_ranks at the same time
+    disturb each other's random states.
 
     program     a function of a communicator and args
     world_size  number of ranks, at most 256
@@ -49,12 +51,7 @@ def run_ranks(
     UnreceivedError if a message was sent that nobody received;
     RanksTimeoutError after timeout_s. And InputError for arguments that do not fit.
     """
-    require(
-        callable(program),
-        "program: a function whose first argument is a communicator",
-        f"program = {program!r}",
-        "give the function itself, run_ranks(program, 2), not the result of a call",
-    )
+    _check_program(program, args)
     check_size("world_size", world_size)
     require(
         world_size <= MAX_THREAD_RANKS,
@@ -64,10 +61,22 @@ def run_ranks(
     )
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
     require(
-        number and timeout_s > 0 and math.isfinite(timeout_s),
+        number and 0 < timeout_s <= threading.TIMEOUT_MAX,
         "timeout_s: a positive number of seconds",
         f"timeout_s = {timeout_s!r}",
         "run_ranks always returns, so it needs a limit; 60 is the default",
+    )
+    results, ledgers = run_in_threads(program, world_size, timeout_s, tuple(args))
+    return RankResults(results, ledgers)
+
+
+def _check_program(program: Callable, args: tuple) -> None:
+    asked = "program: a function whose first argument is a communicator"
+    require(
+        callable(program),
+        asked,
+        f"program = {program!r}",
+        "give the function itself, run_ranks(program, 2), not the result of a call",
     )
     require(
         isinstance(args, tuple | list),
@@ -75,5 +84,24 @@ def run_ranks(
         f"args = {args!r}",
         "write args=(x,) for one argument",
     )
-    results, ledgers = run_in_threads(program, world_size, timeout_s, tuple(args))
-    return RankResults(results, ledgers)
+    # Calling one of these only makes an object: no rank would ever run a line of it.
+    lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    require(
+        not any(kind(program) for kind in lazy),
+        f"{asked} and that returns a result",
+        f"{program!r}, which holds yield or await",
+        "collect the values in a list and return that",
+    )
+    try:
+        signature = inspect.signature(program)
+    except (TypeError, ValueError):  # some functions written in C have none
+        return
+    try:
+        signature.bind(None, *args)
+    except TypeError as error:
+        raise InputError(
+            f"{asked}, and the others args",
+            f"{getattr(program, '__name__', 'program')}{signature} for a communicator and "
+            f"{len(args)} args: {error}",
+            "write def program(comm, ...), and pass what it needs besides with args=(...)",
+        ) from error

@@ -80,6 +80,21 @@ def frames_of_traceback(traceback: TracebackType | None) -> list[tuple[FrameType
     return steps[::-1]
 
 
+def described(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Describe the messages that have these `shapes`, without listing thousands."""
+    if len(shapes) == 1:
+        return f"one of shape {shapes[0]}"
+    return f"{len(shapes):,} messages, the first of shape {shapes[0]},"
+
+
+def message_of(error: BaseException) -> str:
+    """Return kind and message of any `error`, also of one whose own message fails."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as another:
+        return f"{type(error).__name__}, whose message fails with {type(another).__name__}"
+
+
 def user_line(steps: Iterable[tuple[FrameType, int]]) -> str:
     """Describe the line of the reader's program that led here.
 

@@ -25,6 +25,7 @@ from slimlab.comm.report import (
     RanksTimeoutError,
     UnreceivedError,
     frames_of_traceback,
+    message_of,
     user_line,
 )
 from slimlab.comm.world import Call, RandomState, RankStopped, World
@@ -58,6 +59,8 @@ class ThreadCommunicator(Communicator):
             return [total.clone() for _ in tensors]
 
         kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        if tensor.device.type != "cpu":
+            kind += f" on {tensor.device.type}"
         return self._world.meet(self.rank, Call("all_reduce", f"{kind}, op={op}"), tensor, combine)
 
     def _barrier(self) -> None:
@@ -120,7 +123,7 @@ def _run_rank(
 
 def _rank_error(rank: int, error: BaseException) -> RankError:
     line = user_line(frames_of_traceback(error.__traceback__))
-    wrapped = RankError(rank, f"rank {rank} raised {type(error).__name__}: {error}\nat {line}")
+    wrapped = RankError(rank, f"rank {rank} raised {message_of(error)}\nat {line}")
     wrapped.__cause__ = error
     return wrapped
 
@@ -164,10 +167,7 @@ def _raise_what_went_wrong(world: World) -> None:
         raise world.error
     left = world.unreceived()
     if left:
-        lines = [
-            f"rank {src} to rank {dst}, tag {tag}, shape {tuple(tensor.shape)}"
-            for src, dst, tag, tensor in left
-        ]
+        lines = [f"rank {src} to rank {dst}: {what} with tag {tag}" for src, dst, tag, what in left]
         raise UnreceivedError(
             "all ranks have finished, and messages were never received:\n"
             + "\n".join(lines)

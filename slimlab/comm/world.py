@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 from slimlab.comm.report import (
+    CommunicationError,
     DeadlockError,
     MismatchError,
+    described,
     frames_of,
     text_table,
     user_line,
 )
+
+MAX_STOPS = 100
 
 
 class RankStopped(BaseException):
@@ -73,6 +77,7 @@ class RankState:
     ready      whether it could go on
     finished   its program has returned
     thread     the thread that runs it
+    num_stops  how often it was told that the run is over
     """
 
     turn_came: threading.Condition
@@ -81,6 +86,7 @@ class RankState:
     ready: Callable[[], bool] = lambda: True
     finished: bool = False
     thread: threading.Thread | None = None
+    num_stops: int = 0
 
 
 @dataclass
@@ -137,7 +143,7 @@ class World:
     def post(self, src: int, dst: int, tag: int, tensor: Tensor) -> None:
         """Put a message of `src` into the mail for `dst`, under `tag`: the `tensor` itself."""
         with self.lock:
-            self._check_not_over()
+            self._check_not_over(src)
             self.mail[src, dst, tag].append(tensor)
 
     def fetch(self, src: int, dst: int, tag: int) -> Tensor:
@@ -158,7 +164,7 @@ class World:
         returns  this rank's result
         """
         with self.lock:
-            self._check_not_over()
+            self._check_not_over(rank)
             meeting = self.meeting
             meeting.calls[rank], meeting.payloads[rank] = call, payload
             if len(meeting.calls) == len(self.ranks):
@@ -170,10 +176,12 @@ class World:
             self._wait_until(rank, call, lambda: meeting.results is not None, give_way=True)
             return meeting.results[rank]
 
-    def unreceived(self) -> list[tuple[int, int, int, Tensor]]:
-        """List the messages still in the mail: src, dst, tag, tensor."""
+    def unreceived(self) -> list[tuple[int, int, int, str]]:
+        """List what lies in the mail: src, dst, tag, and the number and shape of the messages."""
         return [
-            (*address, letter) for address in sorted(self.mail) for letter in self.mail[address]
+            (*address, described([tuple(letter.shape) for letter in self.mail[address]]))
+            for address in sorted(self.mail)
+            if self.mail[address]
         ]
 
     def table(self, running: int) -> str:
@@ -187,7 +195,7 @@ class World:
     def _wait_until(
         self, rank: int, call: Call, ready: Callable[[], bool], give_way: bool = False
     ) -> None:
-        self._check_not_over()
+        self._check_not_over(rank)
         if ready() and not give_way:
             return
         state = self.ranks[rank]
@@ -199,7 +207,7 @@ class World:
     def _await_turn(self, rank: int) -> None:
         while self.turn != rank and not self.over.is_set():
             self.ranks[rank].turn_came.wait()
-        self._check_not_over()
+        self._check_not_over(rank)
         self.ranks[rank].random.restore()
 
     def _pass_turn(self, rank: int) -> None:
@@ -222,9 +230,20 @@ class World:
             for state in self.ranks:
                 state.turn_came.notify()
 
-    def _check_not_over(self) -> None:
-        if self.over.is_set():
-            raise RankStopped("the run that this communicator belongs to is over")
+    def _check_not_over(self, rank: int) -> None:
+        if not self.over.is_set():
+            return
+        state = self.ranks[rank]
+        if threading.current_thread() is not state.thread:
+            raise CommunicationError(
+                f"the run is over, and the communicator of rank {rank} was used again\n"
+                "change: use it inside of the program only; return a list, no generator"
+            )
+        state.num_stops += 1
+        while state.num_stops > MAX_STOPS:
+            # A loop around a bare except would go on for ever and slow down whatever comes next.
+            state.turn_came.wait()
+        raise RankStopped
 
     def _check_calls_agree(self, meeting: Meeting, rank: int) -> None:
         if all(call == meeting.calls[0] for call in meeting.calls.values()):
@@ -258,11 +277,10 @@ class World:
             ]
         src, tag = state.call.source
         hints = [f"rank {rank}: no message with tag {tag} from rank {src} is under way"]
-        for other_src, dst, other_tag, tensor in self.unreceived():
+        for other_src, dst, other_tag, what in self.unreceived():
             if dst == rank:
                 hints.append(
-                    f"rank {rank}: but one of shape {tuple(tensor.shape)} with tag {other_tag} "
-                    f"from rank {other_src} lies there"
+                    f"rank {rank}: but {what} with tag {other_tag} from rank {other_src} lies there"
                 )
         return hints
 
