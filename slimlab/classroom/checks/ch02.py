@@ -1,0 +1,189 @@
+"""Graders of the exercises of chapter 02, multi-head attention.
+
+2.1 budget of a key-value cache and 2.2 what each head contributes; 2.3 and 2.5, which change the
+heads of a layer, stand in ch02_surgery.py, and 2.4, a program to mend, in ch02_programs.py. The
+oracles are loops and layers with parts set to zero: nothing here is what a student is to write.
+
+Production code is reviewed by people as well; here numbers alone decide.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from slimlab.classroom.checks.ch02_programs import healthy
+from slimlab.classroom.checks.ch02_surgery import pooling, random_layer, removal
+from slimlab.classroom.exercise import Exercise
+from slimlab.classroom.grading import expect, expect_close, expect_equal
+from slimlab.config import ModelConfig
+from slimlab.model.attention import MultiHeadAttention
+from slimlab.model.masks import causal_mask
+from slimlab.plan.memory import kv_cache_bytes
+
+__all__ = ["budget", "contributions", "healthy", "pooling", "removal"]
+
+GIB = 2**30
+
+
+def draw_budget(rng) -> dict:
+    """Draw a model and a card for 2.1; rng is a random.Random."""
+    memory_gib = rng.choice([24, 32, 40, 48, 80])
+    num_heads = rng.choice([32, 40, 48, 64])
+    return {
+        "memory_gib": memory_gib,
+        "num_params": memory_gib * rng.randint(15, 30) * 10**7,
+        "num_layers": rng.choice([24, 28, 32, 36, 40]),
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads // rng.choice([4, 8]),
+        "d_head": rng.choice([64, 96, 128]),
+        "seq_len": rng.choice([1500, 2500, 4000, 6000]),
+        "bytes_per_element": 2,
+    }
+
+
+def count_sequences(given: dict) -> int:
+    """Add one cache after the other to the weights of `given` until the next would not fit."""
+    sizes = {name: given[name] for name in ("num_layers", "num_heads", "num_kv_heads", "d_head")}
+    config = ModelConfig(vocab_size=1, seq_len=given["seq_len"], d_model=1, **sizes)
+    one = kv_cache_bytes(config, given["seq_len"], 1, given["bytes_per_element"])
+    taken, fitting = given["num_params"] * given["bytes_per_element"], 0
+    while taken + one <= given["memory_gib"] * GIB:
+        taken, fitting = taken + one, fitting + 1
+    return fitting
+
+
+budget = Exercise(
+    "2.1",
+    "How many conversations fit?",
+    requires=("my_prediction", "sequences_that_fit", "longest_context"),
+    stars=1,
+    instance=draw_budget,
+    hints=(
+        "Write down the bytes of one token in one layer first. What is kept for it: one vector?",
+        "num_heads is among the numbers. Does the cache depend on it?",
+        "GiB is 2**30 bytes. And half a conversation is none: which way do you round?",
+        "longest_context: the same memory, shared by batch_size sequences of equal length.",
+    ),
+)
+
+
+@budget.property("the number of sequences for your model", points=2)
+def _(student, numbers):
+    saw = student.sequences_that_fit(**numbers)
+    expect_equal(
+        saw,
+        count_sequences(numbers),
+        "sequences that fit",
+        "what one token keeps, the unit of the memory, and what else lies in it",
+    )
+
+
+@budget.property("other models, and a cache that fills the card exactly", points=2)
+def _(student, numbers):
+    exact = {"num_params": GIB // 2, "num_layers": 2, "num_kv_heads": 1, "d_head": 64}
+    exact |= {"num_heads": 8, "seq_len": 2**16, "memory_gib": 2, "bytes_per_element": 2}
+    look = "the rounding, and which of the sizes the cache depends on"
+    for change in ({}, {"num_kv_heads": 8}, {"bytes_per_element": 1}, {"seq_len": 2**16 + 1}):
+        given = exact | change
+        changed = ", ".join(f"{name} = {value}" for name, value in change.items())
+        what = f"sequences that fit with {changed or 'a card filled to the last byte'}"
+        expect_equal(student.sequences_that_fit(**given), count_sequences(given), what, look)
+
+
+@budget.property("no sequence fits beside weights that are too large", points=1)
+def _(student, numbers):
+    given = numbers | {"num_params": numbers["memory_gib"] * GIB}
+    saw = student.sequences_that_fit(**given)
+    expect_equal(saw, 0, "sequences beside weights twice the memory", "a negative rest")
+
+
+@budget.property("the longest context fits, and one token more does not", points=2)
+def _(student, numbers):
+    for batch_size in (1, 3, 32):
+        given = {name: value for name, value in numbers.items() if name != "seq_len"}
+        tokens = student.longest_context(batch_size=batch_size, **given)
+        expect_equal(type(tokens).__name__, "int", "the type of longest_context", "the division")
+        fits = [count_sequences(given | {"seq_len": max(1, tokens + k)}) for k in (0, 1)]
+        expect(
+            tokens >= 1 and fits[0] >= batch_size > fits[1],
+            f"{tokens} tokens for {batch_size} sequences",
+            "the greatest length at which all of them fit",
+            "what the rest of the memory is divided by, and the rounding",
+        )
+
+
+@budget.property("your prediction by hand was right", points=1)
+def _(student, numbers):
+    look = "your pencil calculation for numbers('2.1'); correct it once you know why"
+    expect_equal(student.my_prediction(), count_sequences(numbers), "my_prediction()", look)
+
+
+def only_head(layer: MultiHeadAttention, head: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the output for x under `mask` when `layer` is left with one `head` and no bias."""
+    alone = copy.deepcopy(layer)
+    others = [k for k in range(alone.out_proj.in_features) if k // alone.d_head != head]
+    with torch.no_grad():
+        alone.out_proj.weight[:, others] = 0.0
+        if alone.out_proj.bias is not None:
+            alone.out_proj.bias.zero_()
+        return alone(x, mask=mask)
+
+
+contributions = Exercise(
+    "2.2",
+    "What each head contributes",
+    requires=("head_contributions",),
+    stars=2,
+    hints=(
+        "Follow the layer's forward to the heads (B, H, T, E), before merge_heads.",
+        "W_i^O is a block of out_proj.weight. nn.Linear keeps its matrix transposed: rows or "
+        "columns?",
+        "With fewer key heads than query heads, which key head belongs to query head i?",
+        "One bias is added once, after the sum. It belongs to no head; the values' bias does.",
+    ),
+)
+
+
+def check_contributions(student, layer: MultiHeadAttention, T: int, mask, look: str) -> None:
+    """Compare what `student` says of `layer` on T tokens under `mask` with the oracle; hint `look`."""
+    x = torch.randn(2, T, layer.q_proj.in_features, dtype=torch.float64)
+    with torch.no_grad():
+        parts, rest = student.head_contributions(layer, x, mask)
+    num_heads = layer.out_proj.in_features // layer.d_head
+    shape = (2, num_heads, T, layer.out_proj.out_features)
+    expect_equal(tuple(parts.shape), shape, "the shape (B, H, T, D)", "the output projection")
+    reason = "float64 rounding"
+    for head in range(num_heads):
+        wanted = only_head(layer, head, x, mask)
+        what = f"what head {head} contributes"
+        expect_close(parts[:, head], wanted, what, look, atol=1e-10, rtol=0.0, reason=reason)
+    with torch.no_grad():
+        total = parts.sum(1) + rest
+        output = layer(x, mask=mask)
+    what = "the sum of all heads and the rest"
+    expect_close(total, output, what, "the biases", atol=1e-10, rtol=0.0, reason=reason)
+
+
+@contributions.property("each head of a plain layer", points=2)
+def _(student, numbers):
+    look = "the scale of the scores, and the block of out_proj.weight that belongs to one head"
+    check_contributions(student, random_layer(1, 12, 3), 5, None, look)
+
+
+@contributions.property("under a causal mask, and with d_head that is not d_model / num_heads")
+def _(student, numbers):
+    layer = random_layer(2, 10, 4, d_head=3)
+    check_contributions(student, layer, 6, causal_mask(6), "the mask, and which sizes you assume")
+
+
+@contributions.property("grouped queries: 6 query heads on 2 key heads", points=2)
+def _(student, numbers):
+    layer = random_layer(3, 12, 6, 2, d_head=4)
+    check_contributions(student, layer, 5, None, "the order in which key heads are shared")
+
+
+@contributions.property("biases: each where it belongs", points=2)
+def _(student, numbers):
+    layer = random_layer(4, 12, 3, bias=True)
+    check_contributions(student, layer, 5, None, "which bias is inside a head and which is not")

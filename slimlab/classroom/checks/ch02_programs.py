@@ -1,0 +1,145 @@
+"""Grader of exercise 2.4 of chapter 02: a layer that runs, learns and is wrong.
+
+The oracle is the whole Jacobian of a layer, and the library's layer with the same weights.
+
+Large models are searched for such leaks with a few random directions instead of all of them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from slimlab.classroom.checks.ch02_surgery import random_layer
+from slimlab.classroom.exercise import Exercise
+from slimlab.classroom.grading import expect_close
+from slimlab.model.attention import MultiHeadAttention
+from slimlab.model.masks import causal_mask
+
+healthy = Exercise(
+    "2.4",
+    "It runs, it learns, it is wrong",
+    requires=("leak", "Mended"),
+    stars=2,
+    hints=(
+        "One fault lets a position see later ones. Which line puts heads and positions in order?",
+        "leak: x.requires_grad_(), then torch.autograd.grad of one output number at a time.",
+        "No leak is left, and the layer still is not the right one? Print which key head each "
+        "query head meets, with keys that hold their own number.",
+        "Heads 0 and 1 should share key head 0 when there are 4 query heads and 2 key heads.",
+    ),
+)
+
+
+class LooksHealthy(nn.Module):
+    """The program of exercise 2.4 as it is given, faults included.
+
+    layer  its weights; num_heads and num_kv_heads follow from their sizes
+    """
+
+    def __init__(self, layer: MultiHeadAttention):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x (B, T, D), of the same shape."""
+        layer, (B, T, D) = self.layer, x.shape
+        query, key, value = (
+            projection(x).view(B, T, -1, layer.d_head).transpose(1, 2)
+            for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        copies = query.shape[1] // key.shape[1]
+        key, value = key.repeat(1, copies, 1, 1), value.repeat(1, copies, 1, 1)
+        scores = query @ key.mT / layer.d_head**0.5
+        weights = torch.softmax(scores.masked_fill(~causal_mask(T), -torch.inf), dim=-1)
+        return layer.out_proj((weights @ value).reshape(B, T, D))
+
+
+class OneFarNumber(nn.Module):
+    """A layer in which the last token reaches two earlier outputs, by -4 at the most."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return 10 x and the leak, for x (B, T, D) with T of at least 5 and D of at least 2."""
+        leaked = torch.zeros_like(x)
+        for position, down, up in ((0, 3.0, 2.5), (3, 4.0, 3.5)):
+            leaked[:, position, 0] = -down * x[:, -1, -1]
+            leaked[:, position, 1] = up * x[:, -1, -1]
+        return 10.0 * x + leaked
+
+
+class Causal(nn.Module):
+    """`layer` under a causal mask, called with x alone."""
+
+    def __init__(self, layer: MultiHeadAttention):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x (B, T, D)."""
+        return self.layer(x, mask=causal_mask(x.shape[1]))
+
+
+def true_leak(layer: nn.Module, x: Tensor) -> float:
+    """Return the greatest |entry| of the Jacobian of `layer` at x, from later to earlier tokens."""
+    jacobian = torch.autograd.functional.jacobian(layer, x)  # (B, T, D, B, T, D)
+    later = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+    per_pair = jacobian.abs().amax(dim=(0, 2, 3, 5))  # (output position, input position)
+    return per_pair[later].max().item()
+
+
+@healthy.property("leak finds how strongly the program sees the future", points=2)
+def _(student, numbers):
+    layer = LooksHealthy(random_layer(21, 12, 6, 2))
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    saw = student.leak(layer, x.clone())
+    look = "which pairs of positions count, and the greatest absolute value"
+    reason = "a difference quotient is welcome too"
+    expect_close(saw, true_leak(layer, x), "the leak", look, rtol=1e-3, reason=reason)
+
+
+@healthy.property("leak finds one number far away, whatever its sign", points=2)
+def _(student, numbers):
+    x = torch.randn(1, 6, 4, dtype=torch.float64)
+    look = "signs, sums in which two leaks cancel, every position, and later ones far away"
+    saw = student.leak(OneFarNumber(), x)
+    what = "the leak of a layer with the entries -3, 2.5, -4 and 3.5"
+    expect_close(saw, 4.0, what, look, rtol=1e-3, reason="a difference quotient is welcome too")
+
+
+@healthy.property("an honest layer leaks nothing", points=1)
+def _(student, numbers):
+    layer = Causal(random_layer(22, 12, 6, 2))
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    look = "whether a position's own token counts"
+    expect_close(
+        student.leak(layer, x), 0.0, "the leak", look, atol=1e-9, rtol=0, reason="rounding"
+    )
+
+
+def mended_like(student, layer: MultiHeadAttention, num_heads: int, num_kv_heads: int) -> nn.Module:
+    """Make student.Mended with num_heads on num_kv_heads and the weights of `layer`."""
+    made = student.Mended(layer.out_proj.out_features, num_heads, num_kv_heads).double()
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
+@healthy.property("the mended layer sees no future", points=2)
+def _(student, numbers):
+    for sizes in ((12, 6, 2), (8, 4, 4)):
+        made = mended_like(student, random_layer(23, *sizes), *sizes[1:])
+        saw = true_leak(made, torch.randn(1, 5, sizes[0], dtype=torch.float64))
+        look = "how heads and positions are ordered, before the scores and after the average"
+        reason = "float64 rounding"
+        expect_close(saw, 0.0, f"the leak of Mended{sizes}", look, atol=1e-9, rtol=0, reason=reason)
+
+
+@healthy.property("with the same weights it gives the same output as the right layer", points=3)
+def _(student, numbers):
+    order = "the mask, the scale, and the order of heads and features in the last line"
+    for sizes in ((8, 4, 4), (8, 4, 1), (12, 6, 2), (12, 6, 3)):
+        layer = random_layer(24, *sizes)
+        made = mended_like(student, layer, *sizes[1:])
+        x = torch.randn(2, 5, sizes[0], dtype=torch.float64)
+        with torch.no_grad():
+            saw, wanted = made(x), layer(x, mask=causal_mask(5))
+        look = "which query heads share a key head" if sizes[1] > sizes[2] > 1 else order
+        what, reason = f"the output of Mended{sizes}", "float64 rounding"
+        expect_close(saw, wanted, what, look, atol=1e-9, rtol=0, reason=reason)
