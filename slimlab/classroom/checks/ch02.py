@@ -146,7 +146,7 @@ contributions = Exercise(
 
 
 def check_contributions(student, layer: MultiHeadAttention, T: int, mask, look: str) -> None:
-    """Compare what `student` says of `layer` on T tokens under `mask` with the oracle; hint `look`."""
+    """Compare `student` on `layer`, T tokens and `mask` with the oracle; `look` is the hint."""
     x = torch.randn(2, T, layer.q_proj.in_features, dtype=torch.float64)
     with torch.no_grad():
         parts, rest = student.head_contributions(layer, x, mask)

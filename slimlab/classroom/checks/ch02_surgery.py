@@ -49,7 +49,7 @@ def pooled(weight: Tensor, d_head: int, copies: int) -> Tensor:
 
 
 def check_pooling(student, layer: MultiHeadAttention, num_kv_heads: int, look: str) -> nn.Module:
-    """Compare all parts of student.group_heads(layer, num_kv_heads) with the oracle; hint `look`."""
+    """Compare student.group_heads(layer, num_kv_heads) with the oracle; `look` is the hint."""
     copies = layer.k_proj.out_features // layer.d_head // num_kv_heads
     before = copy.deepcopy(layer.state_dict())
     made = student.group_heads(layer, num_kv_heads)
@@ -149,7 +149,7 @@ def smallest_size(layer: MultiHeadAttention, removed: list[int]) -> int:
 
 
 def check_removal(student, layer: MultiHeadAttention, removed: list[int], look: str) -> None:
-    """Compare student.remove_heads(layer, removed) with the oracle: output, size; hint `look`."""
+    """Compare student.remove_heads(layer, removed) with the oracle; `look` is the hint."""
     x = torch.randn(2, 5, layer.q_proj.in_features, dtype=torch.float64)
     before = copy.deepcopy(layer.state_dict())
     made = student.remove_heads(layer, list(removed))
