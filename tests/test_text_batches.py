@@ -72,6 +72,8 @@ def test_consecutive_windows_make_each_token_a_target_once(length):
         ({"batch_size": -1}, "batch_size = -1"),
         ({"num_batches": 0}, "num_batches = 0"),
         ({"seed": "a"}, "seed = 'a'"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 1 << 64}, "seed = 18446744073709551616"),
     ],
 )
 def test_bad_input_is_named_before_the_first_batch(changes, message):

@@ -337,6 +337,8 @@ def test_an_id_out_of_range_is_named_with_its_place(trained, ids, message):
         (lambda t: t.encode(["a"]), "a list"),
         (lambda t: t.encode("ab\ud800"), "half a surrogate pair"),
         (lambda t: list(t.encode_stream(["a", b"b"])), "piece 1 of the stream"),
+        (lambda t: t.encode_stream(3), "chunks, an iterable of pieces"),
+        (lambda t: Tokenizer.train(["a"], True), "num_merges = True"),
         (lambda t: t.token_id("no such token"), "'no such token'; special tokens: <|endoftext|>"),
         (lambda t: t.token_id(3), "3; special"),
         (lambda t: t.token_id("\ud800"), "half a surrogate pair"),

@@ -24,7 +24,7 @@ def token_windows(
     seq_len      T, tokens of a window
     batch_size   B, windows of a batch
     num_batches  batches to draw
-    seed         the whole number that determines the places
+    seed         determines the places: a whole number from 0 to 2**64 - 1
     returns      an iterator of (inputs, targets), each (B, T) int64; targets[:, t] is the token
                  that follows inputs[:, t]
 
@@ -34,8 +34,8 @@ def token_windows(
     tokens = _check_ids(ids, seq_len, batch_size)
     check_size("num_batches", num_batches)
     require(
-        isinstance(seed, int) and not isinstance(seed, bool),
-        "seed, a whole number",
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 1 << 64,
+        "seed, a whole number from 0 to 2**64 - 1",
         f"seed = {seed!r}",
         "give seed=0",
     )

@@ -72,6 +72,8 @@ def _unpack_zstd(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
 
 def _unpack_gzip(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
     try:
+        if not file.peek(1):  # which gzip takes for an empty text
+            raise EOFError("an empty file")
         with gzip.open(file, "rb") as unpacked:
             yield from iter(lambda: unpacked.read(BLOCK_BYTES), b"")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -131,21 +133,27 @@ def _not_utf8(path: str | os.PathLike, offset: int, byte: int) -> InputError:
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` whole or not at all: an old file stays until the new one is complete.
 
-    path  the file; its folder must exist
+    path  the file, or a link to it; its folder must exist
     data  the bytes
 
-    Raises InputError if it cannot be written (no such folder, no permission, disk full).
+    Raises InputError if it cannot be written (no such folder, no permission, disk full), or if
+    something other than a file has that name.
     """
     path = Path(path)
     try:
+        target = Path(os.path.realpath(path))
+        # os.replace would put a file in the place of a device or a pipe.
+        if target.exists() and not target.is_file():
+            raise OSError("a folder or a device, no file")
         # Beside the target: os.replace is whole or nothing only inside one file system.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        name = f".{target.name[:40]}.{os.getpid()}.{threading.get_ident()}.tmp"
+        temporary = target.with_name(name)
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

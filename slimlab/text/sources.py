@@ -98,6 +98,9 @@ def _list_files(path: Path) -> list[Path]:
             f"{path}, whose suffix is {path.suffix!r}",
             "rename plain text to .txt; write JSON with one object per line and call it .jsonl",
         )
+        require(
+            path.is_file(), "a file", f"{path}, a device or a pipe", "copy its text into a file"
+        )
         return [path]
     files = []
     for folder, subfolders, names in os.walk(path, onerror=_refuse_folder):

@@ -87,7 +87,7 @@ class Tokenizer:
         """
         check_special_tokens(special_tokens)
         require(
-            isinstance(num_merges, int) and num_merges >= 0,
+            type(num_merges) is int and num_merges >= 0,
             "num_merges, a whole number, 0 or more",
             f"num_merges = {num_merges!r}",
             "take 768 for a vocabulary of 1024 tokens and one special token",
@@ -125,6 +125,12 @@ class Tokenizer:
         Documents are texts of their own: between them put the special token.
         Raises InputError as `encode` does.
         """
+        require(
+            isinstance(chunks, Iterable),
+            "chunks, an iterable of pieces of text",
+            f"a {type(chunks).__name__}",
+            "give an open text file or a list of texts; of a path: read_documents(path)",
+        )
         splitter = self._splitter if allow_special else self._plain_splitter
         return self._encode_words(splitter.split_stream(chunks), allow_special)
 
