@@ -93,9 +93,14 @@ def _(student, numbers):
 
 @budget.property("no sequence fits beside weights that are too large", points=1)
 def _(student, numbers):
-    given = numbers | {"num_params": numbers["memory_gib"] * GIB}
-    saw = student.sequences_that_fit(**given)
-    expect_equal(saw, 0, "sequences beside weights twice the memory", "a negative rest")
+    weights = numbers["num_params"] * numbers["bytes_per_element"]
+    one = (numbers["memory_gib"] * GIB - weights) // count_sequences(numbers) // 2
+    for rest, what in ((one, "weights that leave a little room"), (-weights, "weights too large")):
+        num_params = (numbers["memory_gib"] * GIB - rest) // numbers["bytes_per_element"]
+        given = numbers | {"num_params": num_params}
+        saw, wanted = student.sequences_that_fit(**given), count_sequences(given)
+        expect_equal(saw, wanted, f"sequences beside {what}", "a rest below 0, or below one cache")
+    expect_equal(bool(student.sequences_that_fit(**numbers)), True, "whether any fits", "the rest")
 
 
 @budget.property("the longest context fits, and one token more does not", points=2)

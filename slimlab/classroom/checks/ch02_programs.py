@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimlab.classroom.checks.ch02_surgery import random_layer
 from slimlab.classroom.exercise import Exercise
-from slimlab.classroom.grading import expect_close
+from slimlab.classroom.grading import expect, expect_close
 from slimlab.model.attention import MultiHeadAttention
 from slimlab.model.masks import causal_mask
 
@@ -104,10 +104,13 @@ def _(student, numbers):
     expect_close(saw, 4.0, what, look, rtol=1e-3, reason="a difference quotient is welcome too")
 
 
-@healthy.property("an honest layer leaks nothing", points=1)
+@healthy.property("an honest layer leaks nothing, and its faulty twin does", points=1)
 def _(student, numbers):
-    layer = Causal(random_layer(22, 12, 6, 2))
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    weights = random_layer(22, 12, 6, 2)
+    x, layer = torch.randn(2, 5, 12, dtype=torch.float64), Causal(weights)
+    faulty = student.leak(LooksHealthy(weights), x.clone())
+    look = "what leak returns for the given program"
+    expect(bool(faulty > 0.01), faulty, "a leak above 0.01", look)
     look = "whether a position's own token counts"
     expect_close(
         student.leak(layer, x), 0.0, "the leak", look, atol=1e-9, rtol=0, reason="rounding"
@@ -121,7 +124,19 @@ def mended_like(student, layer: MultiHeadAttention, num_heads: int, num_kv_heads
     return made
 
 
-@healthy.property("the mended layer sees no future", points=2)
+def check_mended(student, all_sizes: tuple[tuple[int, int, int], ...], look: str) -> None:
+    """Compare student.Mended of all_sizes with the library's layer; `look` is the hint."""
+    for sizes in all_sizes:
+        layer = random_layer(24, *sizes)
+        made = mended_like(student, layer, *sizes[1:])
+        x = torch.randn(2, 5, sizes[0], dtype=torch.float64)
+        with torch.no_grad():
+            saw, wanted = made(x), layer(x, mask=causal_mask(5))
+        what, reason = f"the output of Mended{sizes}", "float64 rounding"
+        expect_close(saw, wanted, what, look, atol=1e-9, rtol=0, reason=reason)
+
+
+@healthy.property("the mended layer sees no future, and is right where no key is shared", points=2)
 def _(student, numbers):
     for sizes in ((12, 6, 2), (8, 4, 4)):
         made = mended_like(student, random_layer(23, *sizes), *sizes[1:])
@@ -129,17 +144,10 @@ def _(student, numbers):
         look = "how heads and positions are ordered, before the scores and after the average"
         reason = "float64 rounding"
         expect_close(saw, 0.0, f"the leak of Mended{sizes}", look, atol=1e-9, rtol=0, reason=reason)
+    look = "the mask, the scale, and the order of heads and features in the last line"
+    check_mended(student, ((8, 4, 4), (8, 4, 1)), look)
 
 
-@healthy.property("with the same weights it gives the same output as the right layer", points=3)
+@healthy.property("with shared keys and the same weights it gives the right output", points=3)
 def _(student, numbers):
-    order = "the mask, the scale, and the order of heads and features in the last line"
-    for sizes in ((8, 4, 4), (8, 4, 1), (12, 6, 2), (12, 6, 3)):
-        layer = random_layer(24, *sizes)
-        made = mended_like(student, layer, *sizes[1:])
-        x = torch.randn(2, 5, sizes[0], dtype=torch.float64)
-        with torch.no_grad():
-            saw, wanted = made(x), layer(x, mask=causal_mask(5))
-        look = "which query heads share a key head" if sizes[1] > sizes[2] > 1 else order
-        what, reason = f"the output of Mended{sizes}", "float64 rounding"
-        expect_close(saw, wanted, what, look, atol=1e-9, rtol=0, reason=reason)
+    check_mended(student, ((12, 6, 2), (12, 6, 3)), "which query heads share a key head")
