@@ -57,7 +57,7 @@ def write_root(root):
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    root = write_root(tmp_path_factory.mktemp("root"))
+    root = write_root(tmp_path_factory.mktemp("root") / "mein Buch, 书")
     assert build_book.build_book(root, root / "build", solutions="02", run=False) == []
     return root / "build" / "book"
 
@@ -167,6 +167,67 @@ def test_a_chapter_runs_again_only_when_something_changed(tmp_path, monkeypatch,
     build_book.run_changed(root, root / "build")
     assert ran[5:] == ["02_two"]
     assert "unchanged" in capsys.readouterr().out
+
+
+def test_what_a_build_remembers_may_be_damaged(tmp_path):
+    memory = tmp_path / "fingerprints.json"
+    assert build_book.remembered(memory) == {}
+    for text in ("", "[]", '{"01_one": "x', "\0"):
+        memory.write_text(text)
+        assert build_book.remembered(memory) == {}
+    memory.write_text('{"01_one": "x"}')
+    assert build_book.remembered(memory) == {"01_one": "x"}
+
+
+def test_two_builds_at_once_are_refused_and_the_leftovers_of_a_killed_one_removed(tmp_path):
+    (tmp_path / ".book-killed" / "source").mkdir(parents=True)
+    with build_book.one_at_a_time(tmp_path):
+        assert not (tmp_path / ".book-killed").exists()
+        with pytest.raises(InputError, match="another build"), build_book.one_at_a_time(tmp_path):
+            pass
+    with build_book.one_at_a_time(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("room", ["chapters", "exercises", "solutions"])
+def test_a_broken_notebook_is_named_and_the_finished_book_stays(tmp_path, room):
+    root = write_root(tmp_path / "mein Buch, 书")
+    page = root / "build" / "book" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("the old book")
+    (root / room / "02_two.ipynb").write_text("<<<<<<< HEAD")
+    with pytest.raises(InputError, match=rf"{room}/02_two\.ipynb, which is not one"):
+        build_book.build_book(root, root / "build", run=False)
+    assert page.read_text() == "the old book"
+    assert sorted(path.name for path in (root / "build").iterdir()) == [".lock", "book"]
+
+
+def test_a_book_without_chapters_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no chapters in"):
+        build_book.build_book(tmp_path, tmp_path / "build")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["one file", "many files", "no permission"])
+def test_a_disk_that_cannot_be_written_is_told_without_a_traceback(
+    tmp_path, monkeypatch, capsys, kind
+):
+    full = OSError(28, "No space left on device", "x")
+    error = {
+        "one file": full,
+        "many files": shutil.Error([("a", "b", str(full)), ("c", "d", str(full))]),
+        "no permission": PermissionError(13, "Permission denied", "x"),
+    }[kind]
+
+    def build(*_):
+        raise error
+
+    monkeypatch.setattr(build_book, "build_book", build)
+    monkeypatch.setattr("sys.argv", ["build_book.py"])
+    assert build_book.main() == 1
+    told = capsys.readouterr().err
+    assert ("Permission denied" if kind == "no permission" else "No space left") in told
+    assert "MB free" in told
 
 
 def dump_dom(address, folder):

@@ -5,6 +5,7 @@ pytest --nbval --nbval-cell-timeout=120 chapters solutions
 """
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -346,8 +347,66 @@ def test_chapters_are_found_by_number_name_and_path(tmp_path):
         runner.find_chapter("07", tmp_path)
 
 
-def test_a_file_that_is_not_a_notebook_is_refused(tmp_path):
+CELL = '{"cell_type": "code", "execution_count": null, "metadata": {}, "outputs": [], "source": %s}'
+BOOK = '{"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json", "", "[]", "null", "5", "{}", '{"nbformat": 4}', '{"nbformat": 99}', "[" * 10**5,
+        BOOK % "null", BOOK % "[{}]", BOOK % '["x"]', BOOK % f"[{CELL % 'null'}]",
+        f"<<<<<<< HEAD\n{BOOK % '[]'}",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_a_notebook_is_refused(tmp_path, text):
     path = tmp_path / "x.ipynb"
-    path.write_text("no json")
-    with pytest.raises(InputError, match="which is not one"):
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"x\.ipynb, wh"):
         runner.read_notebook(path)
+
+
+def test_half_a_surrogate_pair_survives_in_a_notebook(tmp_path):
+    path = tmp_path / "x.ipynb"
+    path.write_text(BOOK % f"[{CELL % json.dumps('x = 1  # ' + chr(0xD800))}]")
+    runner.write_notebook(runner.read_notebook(path), path)
+    assert runner.read_notebook(path).cells[0].source == "x = 1  # \ud800"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    write_cells(tmp_path / "06_x.ipynb", "1")
+    (tmp_path / "file").write_text("in the way")
+    seen = []
+    with pytest.raises(InputError, match="a folder to write in"):
+        runner.run_notebook(
+            tmp_path / "06_x.ipynb", tmp_path / "file" / "out.ipynb", lambda *call: seen.append(1)
+        )
+    assert seen == []
+
+
+def test_an_interrupt_from_the_keyboard_leaves_the_notebook_as_it_was(tmp_path):
+    path = tmp_path / "07_x.ipynb"
+    write_cells(path, "1", "2")
+    before = path.read_bytes()
+
+    def interrupt(chapter, number, total):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_notebook(path, path, interrupt)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["07_x.ipynb"]
+
+
+def test_a_kernel_that_does_not_start_is_told_with_the_command_that_shows_why(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'ipykernel_launcher' in sys.orig_argv: os._exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_cells(tmp_path / "08_x.ipynb", "1")
+    with pytest.raises(InputError, match="-m ipykernel_launcher"):
+        runner.run_notebook(tmp_path / "08_x.ipynb", tmp_path / "out.ipynb", lambda *call: None)
+    assert not (tmp_path / "out.ipynb").exists()

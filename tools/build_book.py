@@ -10,6 +10,7 @@ time; executed copies lie in build/executed/. The chapters themselves are not wr
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ import covered  # noqa: E402
 
 from slimlab.classroom import runner  # noqa: E402
 from slimlab.config import InputError, require  # noqa: E402
+from slimlab.text.files import write_atomically  # noqa: E402
 
 MATHJAX_PARTS = [
     "MathJax.js",
@@ -58,13 +61,12 @@ def run_changed(root: Path, build: Path) -> tuple[dict[str, Path], list[str]]:
     A chapter that fails appears in the book with its stored outputs.
     """
     executed, memory = build / "executed", build / "executed" / "fingerprints.json"
-    known = json.loads(memory.read_text()) if memory.is_file() else {}
-    pages, failed = {}, []
+    known, pages, failed = remembered(memory), {}, []
     for path in sorted((root / "chapters").glob("*.ipynb")):
         now = fingerprint(runner.read_notebook(path), root / "slimlab")
         copy = executed / path.name
         pages[path.stem] = copy
-        if known.get(path.stem) == now and copy.is_file():
+        if known.get(path.stem) == now and is_whole(copy):
             print(f"{path.stem:<24} unchanged")
             continue
         (report,) = runner.run_chapters([str(path)], executed, root)
@@ -74,15 +76,25 @@ def run_changed(root: Path, build: Path) -> tuple[dict[str, Path], list[str]]:
             known.pop(path.stem, None)
         else:
             known[path.stem] = now
-        replace_text(memory, json.dumps(known, indent=1))
+        write_atomically(memory, json.dumps(known, indent=1).encode())
     return pages, failed
 
 
-def replace_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def remembered(memory: Path) -> dict[str, str]:
+    """The fingerprints of the last run; none if the file is not there or damaged."""
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def is_whole(copy: Path) -> bool:
+    try:
+        runner.read_notebook(copy)
+    except InputError:
+        return False
+    return True
 
 
 def copy_mathjax(target: Path) -> None:
@@ -139,6 +151,7 @@ def assemble(root: Path, source: Path, pages: dict[str, Path], solutions: list[P
     for room, paths in rooms.items():
         (source / room).mkdir()
         for path in paths:
+            runner.read_notebook(path)  # names a broken one, as Sphinx does not
             shutil.copy2(path, source / room / path.name)
     items = [item for item in covered.load(root / "chapters" / "coverage") if item.chapter in pages]
     (source / "covered.md").write_text(covered.page(items, headings(pages)), encoding="utf-8")
@@ -162,24 +175,50 @@ def make_pages(source: Path, target: Path) -> None:
     done = subprocess.run(command)
     if done.returncode:
         raise SystemExit("the pages could not be built; what Sphinx says stands above")
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        os.replace(target, source.parent / "old")
     os.replace(fresh, target)
+
+
+@contextmanager
+def one_at_a_time(build: Path):
+    """Hold a lock on the folder `build`, and remove what a killed build left there."""
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            given = f"another build that is writing in {build}"
+            change = "wait until it has finished, or end it"
+            raise InputError("one build at a time", given, change) from error
+        for left in build.glob(".book-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def build_book(root: Path, build: Path, solutions: str = "all", run: bool = True) -> list[str]:
     """Build the book of `root` into build/book; return the chapters that failed."""
     chosen = chosen_solutions(sorted((root / "solutions").glob("*.ipynb")), solutions)
-    if run:
-        pages, failed = run_changed(root, build)
-    else:
-        pages = {path.stem: path for path in sorted((root / "chapters").glob("*.ipynb"))}
-        failed = []
-    build.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".book-", dir=build) as folder:
-        source = Path(folder) / "source"
-        assemble(root, source, pages, chosen)
-        make_pages(source, build / "book")
+    pages = {path.stem: path for path in sorted((root / "chapters").glob("*.ipynb"))}
+    require(bool(pages), "a book", f"no chapters in {root / 'chapters'}", "restore that folder")
+    failed = []
+    with one_at_a_time(build):
+        if run:
+            pages, failed = run_changed(root, build)
+        with tempfile.TemporaryDirectory(prefix=".book-", dir=build) as folder:
+            source = Path(folder) / "source"
+            assemble(root, source, pages, chosen)
+            make_pages(source, build / "book")
     return failed
+
+
+def disk_problem(error: OSError, build: Path) -> tuple[str, str, str]:
+    """What InputError says about a file that could not be read or written."""
+    # shutil.copytree collects what went wrong with each file and carries no number of its own.
+    first = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+    free_bytes = shutil.disk_usage(build if build.is_dir() else ROOT).free
+    given = f"{first}; {free_bytes / 1e6:.0f} MB free"
+    return f"a folder {build} to write in", given, "make room, or give yourself the right to write"
 
 
 def main() -> int:
@@ -194,6 +233,12 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(InputError(*disk_problem(error, ROOT / "build")), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the book is as it was before", file=sys.stderr)
+        return 130
     if failed:
         print(f"\nfailed, and shown with their stored outputs: {', '.join(failed)}")
     print(ROOT / "build" / "book" / "index.html")

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from slimlab.classroom.line import ProgressLine
 from slimlab.config import InputError, require
+from slimlab.text.files import write_atomically
 
 SOURCE_FOLDER = Path(__file__).resolve().parents[2]
 CELL_TIMEOUT_S = 300
@@ -148,10 +150,12 @@ def run_notebook(
     cell_timeout_s  a cell that runs longer is interrupted and counts as failed
     returns         RunReport; look at its `failure`
 
-    Raises InputError if `path` is not a notebook.
+    Raises InputError if `path` is not a notebook, no kernel starts, or nothing can be written. An
+    interrupt from the keyboard leaves `output` as it was.
     """
     path, output = Path(path), Path(output)
     notebook = read_notebook(path)
+    _make_folder(output.parent)
     started = time.perf_counter()
     line = None if on_cell else ProgressLine(path.stem)
     try:
@@ -159,7 +163,7 @@ def run_notebook(
     finally:
         if line:
             line.close()
-        write_notebook(notebook, output)
+    write_notebook(notebook, output)
     num_cells = len([cell for cell in notebook.cells if cell.cell_type == "code"])
     return RunReport(path.stem, output, num_cells, time.perf_counter() - started, failure)
 
@@ -169,22 +173,33 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     require(
         path.is_file(), "a notebook (.ipynb)", f"{path}, which does not exist", "check the path"
     )
+    asked, change = "a notebook (.ipynb)", "save it again from Jupyter, or take a fresh copy"
     try:
-        return nbformat.read(path, as_version=4)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
-        raise InputError(
-            "a notebook (.ipynb)",
-            f"{path}, which is not one: {str(error).splitlines()[0][:120]}",
-            "save it again from Jupyter, or take a fresh copy",
-        ) from error
+        notebook = nbformat.read(path, as_version=4)
+    # What nbformat raises depends on what the file holds in the place of a notebook.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(asked, f"{path}, which is not one: {reason}", change) from error
+    for number, cell in enumerate(notebook.cells, start=1):
+        given = f"{path}, whose cell {number} has no text"
+        require(isinstance(cell.get("source"), str), asked, given, change)
+    return notebook
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write `notebook` to a temporary name beside `path`, then put it in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(nbformat.writes(notebook).rstrip("\n") + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write `notebook` to `path`, whole or not at all; InputError if it cannot be written."""
+    _make_folder(path.parent)
+    text = nbformat.writes(notebook).rstrip("\n") + "\n"
+    # In JSON the escape \\ud800 means what UTF-8 has no bytes for, half a surrogate pair.
+    write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        change = "choose another folder, or give yourself the right to write there"
+        raise InputError("a folder to write in", f"{folder}: {error.strerror}", change) from error
 
 
 def execute(
@@ -200,28 +215,40 @@ def execute(
     on_cell         called as on_cell(chapter, k, n) before code cell k of n
     cell_timeout_s  limit for one cell
     returns         the failure, or None
+
+    Raises InputError if the kernel does not start or answer.
     """
     code_cells = [(k, cell) for k, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     for _, cell in code_cells:
         cell.outputs, cell.execution_count = [], None
+    with tempfile.TemporaryDirectory(prefix="slimlab-") as folder:
+        try:
+            client = _client(notebook, cell_timeout_s)
+            with client.setup_kernel(env=kernel_environment(), cwd=folder):
+                for number, (index, cell) in enumerate(code_cells, start=1):
+                    on_cell(chapter, number, len(code_cells))
+                    try:
+                        client.execute_cell(cell, index)
+                    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+                        return describe_failure(chapter, index, cell, error)
+        except (RuntimeError, OSError, NoSuchKernel) as error:
+            raise InputError(
+                "a Python kernel that starts and answers",
+                f"{type(error).__name__}: {error}",
+                f"run {sys.executable} -m ipykernel_launcher, which shows what it lacks; "
+                "install again if it is missing: pip install -e .",
+            ) from error
+    return None
+
+
+def _client(notebook: nbformat.NotebookNode, cell_timeout_s: float) -> NotebookClient:
     manager = AsyncKernelManager(kernel_name="python3")
     # A kernel of that name may belong to another Python on this machine.
     manager.kernel_spec.argv[0] = sys.executable
     manager.kernel_spec.argv.append("--log-level=ERROR")
-    client = NotebookClient(
+    return NotebookClient(
         notebook, km=manager, timeout=cell_timeout_s, record_timing=False, interrupt_on_timeout=True
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="slimlab-") as folder,
-        client.setup_kernel(env=kernel_environment(), cwd=folder),
-    ):
-        for number, (index, cell) in enumerate(code_cells, start=1):
-            on_cell(chapter, number, len(code_cells))
-            try:
-                client.execute_cell(cell, index)
-            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-                return describe_failure(chapter, index, cell, error)
-    return None
 
 
 def kernel_environment() -> dict[str, str]:
