@@ -11,6 +11,7 @@ import sys
 import make_exercises
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from slimlab.classroom import runner
@@ -63,6 +64,23 @@ def test_check_in_a_notebook_takes_the_cells_as_they_were_run(own_checks):
     # nbgrader takes anything on stderr in a check cell for a failure
     names = [output.get("name") for cell in cells for output in cell.outputs]
     assert "stderr" not in names
+
+
+def test_cells_that_leave_no_history_are_checked_too(own_checks):
+    manager, client = start_new_kernel()
+    replies = []
+    for source in (
+        "import torch\nfrom slimlab.classroom.check import check",
+        GOOD_BAND,
+        'check("90.1").score',
+    ):
+        client.execute_interactive(
+            source, store_history=False, timeout=60, output_hook=replies.append
+        )
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    results = [r["content"]["data"] for r in replies if r["msg_type"] == "execute_result"]
+    assert [result["text/plain"] for result in results] == ["4"]
 
 
 def test_check_outside_a_notebook_says_what_to_do_instead(own_checks, tmp_path, capsys):

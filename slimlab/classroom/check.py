@@ -96,4 +96,15 @@ def _history() -> list[str]:
             "a plain Python process",
             "run this in a notebook, or `slimlab check 01 my.ipynb` in a terminal",
         )
-    return list(shell.history_manager.input_hist_raw)
+    return [*shell.history_manager.input_hist_raw, *SESSION.unrecorded]
+
+
+def _remember(result: object) -> None:
+    # nbval and some editors run cells that IPython's history leaves out
+    if not result.info.store_history:
+        SESSION.unrecorded.append(result.info.raw_cell)
+
+
+if _shell() is not None:
+    # after a cell, not before: the cell that imports this module has begun already
+    _shell().events.register("post_run_cell", _remember)

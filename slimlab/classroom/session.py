@@ -16,15 +16,17 @@ SETTINGS = {"seed": int, "deadline": object, "late_penalty": (int, float), "solu
 class Session:
     """The student's name and seed in this process.
 
-    name     the student, or None for the numbers of the book
-    seed     the seed of the class, or None until classroom.toml was looked for
-    grading  True inside the process that a check runs in, where a check checks nothing
+    name        the student, or None for the numbers of the book
+    seed        the seed of the class, or None until classroom.toml was looked for
+    grading     True inside the process that a check runs in, where a check checks nothing
+    unrecorded  cells that ran in this notebook without a place in its history
     """
 
     def __init__(self):
         self.name: str | None = None
         self.seed: int | None = None
         self.grading = False
+        self.unrecorded: list[str] = []
 
     def begin(self, name: str | None, seed: int | None = None, grading: bool = False) -> None:
         """Set `name`, `seed` and `grading`."""
