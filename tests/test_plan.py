@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import numpy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,6 +186,7 @@ def test_grouped_queries_save_the_cache_in_proportion():
         lambda: training_flop("7B", 1e9),
         lambda: gpu_seconds(1e9, -1.0),
         lambda: dollars(True, 1.0),
+        lambda: petaflop_s_days(-1.0),
         lambda: training_days(1e9, 100.0, 2.5),
         lambda: rough_decoder_params(0, 8, 11),
         lambda: attention_flop(5, 8, batch_size=0),
@@ -196,6 +198,10 @@ def test_grouped_queries_save_the_cache_in_proportion():
 def test_a_count_that_is_no_positive_number_is_refused(bad):
     with pytest.raises(InputError, match="given"):
         bad()
+
+
+def test_a_count_may_come_from_numpy():
+    assert training_flop(numpy.int64(3), numpy.float32(2)) == 36
 
 
 def test_predictions_do_not_import_what_they_predict():

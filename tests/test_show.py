@@ -82,6 +82,22 @@ def test_attention_map_takes_tensors_that_need_a_gradient_and_half_precision():
         lambda: show.lanes_figure(2, [(0, 0, 2, "x")]),
         lambda: show.ledger_figure([]),
         lambda: show.show_source(len),
+        lambda: show.show_source(config),
+        lambda: show.attention_map([[1], [2, 3]]),
+        lambda: show.attention_map("weights"),
+        lambda: show.attention_map(torch.ones(2, 3, dtype=torch.cfloat)),
+        lambda: show.attention_map(torch.ones(2, 3, device="meta")),
+        lambda: show.mask_figure({}),
+        lambda: show.curves({"a": ([], [])}, "x", "y", log_x=True),
+        lambda: show.curves({"a": (torch.ones(2, 2), torch.ones(2, 2))}, "x", "y"),
+        lambda: show.curves({"a": (1, 2)}, "x", "y"),
+        lambda: show.bars({"a": {}}, "y"),
+        lambda: show.matrix_product_figure([], {}),
+        lambda: show.matrix_product_figure(
+            [(("Q", "T", "E"), ("K", "E", "S"), ("A", "T", "S"))], {"T": 3, "E": 4}
+        ),
+        lambda: show.flow_figure([]),
+        lambda: show.box_figure({}, []),
     ],
 )
 def test_bad_input_gets_an_input_error_and_leaves_no_figure_open(draw):
@@ -90,6 +106,13 @@ def test_bad_input_gets_an_input_error_and_leaves_no_figure_open(draw):
         draw()
     assert "change:" in str(caught.value)
     assert plt.get_fignums() == []
+
+
+def test_a_token_with_dollar_signs_is_a_label_and_no_formula():
+    figure = show.attention_map(torch.ones(2, 2), ["$\\nonsense$", "$$"])
+    figure.canvas.draw()  # where a formula would be read, and found wrong
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["$\\nonsense$", "$$"]
 
 
 def test_heads_figure_draws_one_map_per_head_in_one_scale():

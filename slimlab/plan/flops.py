@@ -9,6 +9,8 @@ attention's own share, recomputed activations, communication, and how far below 
 processor runs.
 """
 
+from numbers import Real
+
 from slimlab.config import ModelConfig, check_size, require
 
 SECONDS_PER_HOUR = 3600.0
@@ -104,6 +106,7 @@ def petaflop_s_days(flop: float) -> float:
 
     flop  a count of operations
     """
+    _check_positive(flop=flop)
     return flop / (1e15 * SECONDS_PER_DAY)
 
 
@@ -172,7 +175,7 @@ def attention_flop(
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         require(
             number and 0 < value < float("inf"),
             f"{name}, a positive number",

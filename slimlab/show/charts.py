@@ -43,11 +43,12 @@ def curves(
     figure, axes = new_figure()
     for index, (label, (xs, ys)) in enumerate(series.items()):
         xs, ys = to_array(xs), to_array(ys)
-        given = f"{label}: {len(xs)} and {len(ys)}"
-        require(len(xs) == len(ys), "as many y as x values", given, "cut the longer one")
+        given = f"{label}: x of shape {xs.shape}, y of shape {ys.shape}"
+        fits = xs.ndim == 1 and xs.shape == ys.shape and len(xs) > 0
+        require(fits, "as many y as x values, in one row each", given, "cut the longer one")
         for values, name, log in [(xs, "x", log_x), (ys, "y", log_y)]:
             asked = f"positive {name} values on a logarithmic axis"
-            least = f"{label}: {values.min() if len(values) else 0}"
+            least = f"{label}: {values.min()}"
             require(not log or bool((values > 0).all()), asked, least, f"drop log_{name}")
         axes.plot(
             xs,
@@ -95,6 +96,7 @@ def bars(
     require(bool(values), "at least one bar", "none", 'pass {"label": number}')
     grouped = {k: v if isinstance(v, Mapping) else {"": v} for k, v in values.items()}
     names = list(next(iter(grouped.values())))
+    require(bool(names), "at least one series in a group", "none", 'pass {"label": {"a": 1}}')
     for label, group in grouped.items():
         asked, given = f"the series {names} in every group", f"{label}: {list(group)}"
         require(list(group) == names, asked, given, "give every group the same series in order")

@@ -30,8 +30,13 @@ def matrix_product_figure(
     title     printed above
     returns   the figure; each matrix carries its name, its letters and their numbers
 
-    Raises InputError if two matrices cannot be multiplied or the result has other sizes.
+    Raises InputError if two matrices cannot be multiplied, the result has other sizes, or a letter
+    has no size.
     """
+    require(bool(products), "at least one product", "none", "pass a list with three matrices")
+    letters = {letter for row in products for matrix in row for letter in matrix[1:]}
+    missing = sorted(letters - set(sizes))
+    require(not missing, f"a size for each of {sorted(letters)}", f"none for {missing}", "add it")
     for left, right, result in products:
         fits = left[2] == right[1] and (left[1], right[2]) == (result[1], result[2])
         given = " × ".join(f"{m[0]} ({m[1]}, {m[2]})" for m in (left, right))
@@ -109,9 +114,10 @@ def flow_figure(steps: Sequence[str], labels: Sequence[str] = (), title: str = "
 
     Raises InputError if the number of labels does not fit.
     """
+    require(bool(steps), "at least one step", "none", 'pass the words: ["text", "ids"]')
     fits = len(labels) in (0, len(steps) - 1)
     asked = f"{len(steps) - 1} labels, or none"
-    require(bool(steps) and fits, asked, f"{len(labels)} labels", "one for each arrow")
+    require(fits, asked, f"{len(labels)} labels", "one for each arrow")
     boxes = {f"{k}": (float(k), 0.0, text) for k, text in enumerate(steps)}
     labels = list(labels) or [""] * (len(steps) - 1)
     arrows = [(f"{k}", f"{k + 1}", text) for k, text in enumerate(labels)]
@@ -132,6 +138,7 @@ def box_figure(
 
     Raises InputError if an arrow names a box that is not there.
     """
+    require(bool(boxes), "at least one box", "none", 'pass {"name": (0, 0, "text")}')
     for source, target, _ in arrows:
         missing = {source, target} - set(boxes)
         asked = f"arrows between the boxes {sorted(boxes)}"

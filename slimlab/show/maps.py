@@ -109,6 +109,7 @@ def mask_figure(
     Raises InputError if a mask is not a boolean matrix.
     """
     masks = masks if isinstance(masks, dict) else {title: masks}
+    require(bool(masks), "at least one mask", "none", 'pass {"name": mask}')
     # Only a single mask's title may stand above its own panel.
     heading = title if len(masks) > 1 else ""
     arrays = {name: check_map(mask, 2, "(T, S)") for name, mask in masks.items()}
@@ -217,7 +218,8 @@ def label_cells(
         asked = f"one label for each of {count} {'rows' if axis is axes.yaxis else 'columns'}"
         require(len(labels) == count, asked, f"{len(labels)} labels", "give the tokens in order")
         if count <= MAX_LABELS:
-            axis.set_ticks(range(count), [str(label) for label in labels])
+            # Tokens of a text may hold dollar signs, which would be read as formulas.
+            axis.set_ticks(range(count), [str(label) for label in labels], parse_math=False)
     if keys is not None and max(len(str(key)) for key in keys) > 3:
         axes.tick_params(axis="x", rotation=60)
     axes.grid(False)

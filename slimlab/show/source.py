@@ -22,10 +22,12 @@ def show_source(obj: Callable | type, doc: bool = True) -> None:
     obj  something defined in a module: slimlab.model.masks.causal_mask, for example
     doc  False leaves docstrings out, so that a long function fits on a screen
 
-    Raises InputError for objects without source, such as builtins and classes typed in a cell.
+    Raises InputError for modules and for objects without source, such as builtins.
     """
     target = inspect.unwrap(obj) if callable(obj) else obj
     try:
+        if inspect.ismodule(target):  # whose source would fill many screens
+            raise TypeError(target)
         source = textwrap.dedent(inspect.getsource(target))
     except (TypeError, OSError) as error:
         raise InputError(

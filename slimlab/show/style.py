@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from torch import Tensor, as_tensor, float64
 
+from slimlab.config import InputError, require
+
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8A8A8A"
 # Yellow, the eighth colour, is left out: it cannot be read as a thin line on white.
@@ -62,5 +64,15 @@ def new_figure(*args, **options) -> tuple:
 
 
 def to_array(values: Tensor | list) -> "numpy.ndarray":  # noqa: F821
-    """Return `values` (a tensor on any device, or nested lists) as a float64 array."""
-    return as_tensor(values).detach().to("cpu", float64).numpy()
+    """Return `values` (a tensor on any device, or nested lists) as a float64 array.
+
+    Raises InputError if they are no numbers, or rows of different lengths.
+    """
+    asked, change = "numbers in a tensor or in lists", "give rows of equal length"
+    try:
+        tensor = as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(asked, f"a {type(values).__name__} ({error})", change) from error
+    drawable = not (tensor.is_complex() or tensor.is_meta)
+    require(drawable, asked, f"{tensor.dtype} on {tensor.device}", "take the real part, on a cpu")
+    return tensor.detach().to("cpu", float64).numpy()
