@@ -66,7 +66,7 @@ def book(tmp_path):
     (tmp_path / "coverage").mkdir()
 
     def write(**keys):
-        keys = {"id": "C1", "title": "Twice", "question": "What is twice 3?", **keys}
+        keys = {"id": "C1", "title": "Twice", "question": "What is twice 3?", "answer": "6", **keys}
         lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
         text = "\n".join(["[[item]]", *lines])
         (tmp_path / "coverage" / "01_x.toml").write_text(text)
@@ -86,6 +86,7 @@ def book(tmp_path):
         ({"cell": "story"}, "cell 'story' is text"),
         ({}, "names no cell"),
         ({"cell": "twice", "question": "Twice"}, "the question is not one"),
+        ({"cell": "twice", "answer": " "}, "the question has no answer"),
         ({"cell": "twice", "chapter": "09_y"}, "the chapter does not exist"),
         ({"cell": "twice", "perturb": "x = 1", "perturb_at": "setup"}, "is none of its cells"),
         ({"background": True}, "background without a source"),
@@ -118,9 +119,10 @@ def test_a_perturbation_must_make_the_cell_fail_by_its_assertion(book, perturb, 
     assert expected in text
 
 
-def test_the_page_lists_topic_question_and_chapter():
-    item = covered.Item("C1", "Rows | sums", "01_x", ("a",), "Why do rows sum to 1?")
+def test_the_page_lists_topic_question_and_folded_answer_under_the_chapter():
+    item = covered.Item("C1", "Rows < sums", "01_x", ("a",), "Why do rows sum to 1?", "Division.")
     page = covered.page([item], {"01_x": "Attention"})
-    line = "| Rows \\| sums | Why do rows sum to 1? | [Attention](chapters/01_x.ipynb) |"
-    assert line in page
+    assert "## [Attention](chapters/01_x.ipynb)" in page
+    assert "**Rows &lt; sums**" in page
+    assert "<details><summary>Why do rows sum to 1?</summary>Division.</details>" in page
     assert "C1" not in page

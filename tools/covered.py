@@ -10,6 +10,7 @@ chapters/coverage/01_attention.toml holds the items of one chapter:
     title = "Each row of weights sums to 1"
     cell = "rows-sum-to-one"            # or a list of cells
     question = "Why can no weight exceed 1?"
+    answer = "They are positive and sum to 1."   # folded on the book's page, for teachers
     perturb = "weights = weights * 1.1" # run just before the cell, which must then fail
 
 An item of history or use has background = true, a source that the chapter quotes word for word,
@@ -19,6 +20,7 @@ rebinds names; it must not change objects in place. `perturb_at` names the cell 
 
 import ast
 import contextlib
+import html
 import io
 import json
 import linecache
@@ -35,7 +37,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_PERTURBED_SHARE = 1 / 3
-KEYS = {"id", "title", "chapter", "cell", "question", "background", "source"}
+KEYS = {"id", "title", "chapter", "cell", "question", "answer", "background", "source"}
 KEYS |= {"perturb", "perturb_at"}
 
 
@@ -48,6 +50,7 @@ class Item:
     chapter: str
     cells: tuple[str, ...]
     question: str
+    answer: str = ""
     background: bool = False
     source: str = ""
     perturb: str = ""
@@ -72,6 +75,7 @@ def load(folder: Path) -> list[Item]:
                     chapter=entry.get("chapter", path.stem),
                     cells=cells,
                     question=entry.get("question", ""),
+                    answer=entry.get("answer", ""),
                     background=entry.get("background", False),
                     source=entry.get("source", ""),
                     perturb=entry.get("perturb", ""),
@@ -101,6 +105,8 @@ def item_problems(item: Item, notebook) -> list[str]:
     words = item.question.split()
     if len(words) < 3 or not item.question.rstrip().endswith("?"):
         found.append("the question is not one")
+    if not item.answer.strip():
+        found.append("the question has no answer")
     cells = {cell.id: cell for cell in notebook.cells}
     found += [f"no cell {name!r}" for name in item.cells if name not in cells]
     present = [cells[name] for name in item.cells if name in cells]
@@ -147,23 +153,21 @@ def counts(items: list[Item]) -> dict[str, int]:
 
 
 def page(items: list[Item], titles: dict[str, str]) -> str:
-    """The book's page: topic, question, chapter. `titles` maps chapters to their headings."""
+    """The book's page: topics, questions, folded answers. `titles` maps chapters to headings."""
     lines = [
         "# What the book covers",
         "",
-        "Each topic, a question that its page answers, and the chapter. A topic is listed when a",
-        "cell of that chapter asserts it, or, for history and use, when the chapter names its",
-        "source.",
-        "",
-        "| topic | can you answer this? | chapter |",
-        "|---|---|---|",
+        "Each topic with a question that its chapter answers; press a question for the answer.",
+        "A topic is listed when a cell of the chapter asserts it, or, for history and use, when",
+        "the chapter names its source.",
     ]
-    for item in items:
-        link = f"[{titles.get(item.chapter, item.chapter)}](chapters/{item.chapter}.ipynb)"
-        cells = [
-            text.replace("|", "\\|").replace("\n", " ") for text in (item.title, item.question)
-        ]
-        lines.append(f"| {cells[0]} | {cells[1]} | {link} |")
+    for chapter in dict.fromkeys(item.chapter for item in items):
+        lines += ["", f"## [{titles.get(chapter, chapter)}](chapters/{chapter}.ipynb)"]
+        for item in items:
+            if item.chapter == chapter:
+                title, question, answer = map(html.escape, (item.title, item.question, item.answer))
+                folded = f"<summary>{question}</summary>{answer}"
+                lines += ["", f"**{title}**", "", f"<details>{folded}</details>"]
     return "\n".join(lines) + "\n"
 
 
