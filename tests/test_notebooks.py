@@ -288,6 +288,44 @@ def test_a_stale_notebook_is_rejected_and_a_fresh_one_is_not(good, tmp_path):
     assert "02_stale" in done.stdout
 
 
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """Calls tools/notebooks.py as a command line does, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["notebooks.py", *arguments])
+        return notebooks.main()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "a.py"], "1 paths"),
+        (["build", "missing.py", "b.ipynb"], "missing.py: No such file"),
+        (["build", "latin1.py", "b.ipynb"], "byte 0xe9 at offset 3"),
+        (["check", "junk.ipynb"], "which is not one"),
+    ],
+)
+def test_the_tool_tells_bad_input_without_a_traceback(tool, capsys, arguments, message):
+    Path("latin1.py").write_bytes(b"caf\xe9")
+    Path("junk.ipynb").write_text("junk")
+    assert tool(*arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_notebook_does_not_keep_the_tool_from_the_next(tool, good, capsys):
+    Path("1.ipynb").write_text("junk")
+    break_count(good)
+    nbformat.write(good, "2.ipynb")
+    assert tool("check", "1.ipynb", "2.ipynb") == 1
+    told = capsys.readouterr()
+    assert "1.ipynb, which is not one" in told.err
+    assert "2.ipynb: not executed" in told.out
+
+
 def write_cells(path, *sources):
     nbformat.write(new_notebook(cells=[new_code_cell(source) for source in sources]), path)
 

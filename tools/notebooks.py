@@ -13,6 +13,7 @@ their content. Only the executed notebook is kept; nothing is written if a cell 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import jupytext
@@ -23,6 +24,8 @@ import rules  # noqa: E402
 
 from slimlab.classroom import runner  # noqa: E402
 from slimlab.classroom.line import ProgressLine  # noqa: E402
+from slimlab.config import InputError, require  # noqa: E402
+from slimlab.text.files import decode_utf8, read_blocks  # noqa: E402
 
 CELL_TIMEOUT_S = 120
 
@@ -43,7 +46,7 @@ def from_text(text: str):
     """Read percent text into a notebook; the option `id` becomes the cell's id."""
     notebook = jupytext.reads(text, fmt="py:percent")
     for cell in notebook.cells:
-        cell["id"] = cell.metadata.pop("id", "")
+        cell["id"] = str(cell.metadata.pop("id", ""))
         if not rules.is_readable(cell["id"]) and cell["id"]:
             raise SystemExit(f"cell id {cell['id']!r}: use lower-case words joined by hyphens")
     names = [cell["id"] for cell in notebook.cells if cell["id"]]
@@ -89,30 +92,44 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def build(paths: list[Path], timeout_s: float) -> int:
+    require(
+        len(paths) == 2,
+        "a text and the notebook to make of it",
+        f"{len(paths)} paths",
+        "tools/notebooks.py build scratch.py chapters/NN_name.ipynb",
+    )
+    source, target = paths
+    notebook = from_text("".join(decode_utf8(read_blocks(source), source)))
+    return save(notebook, target) if execute(notebook, target.stem, timeout_s) else 1
+
+
+def handle(verb: str, path: Path, timeout_s: float) -> int:
+    """Do what `verb` says with one notebook; returns how many problems it has."""
+    notebook = runner.read_notebook(path)
+    if verb == "text":
+        print(to_text(notebook), end="")
+    elif verb == "execute":
+        return save(notebook, path) if execute(notebook, path.stem, timeout_s) else 1
+    elif verb == "tidy":
+        rules.tidy(notebook)
+        runner.write_notebook(notebook, path)
+    else:
+        return report(path)
+    return 0
+
+
 def main() -> int:
     arguments = parse_arguments()
-    verb, paths = arguments.verb, arguments.paths
-    if verb == "build":
-        source, target = paths
-        notebook = from_text(source.read_text(encoding="utf-8"))
-        return (
-            1 if not execute(notebook, target.stem, arguments.timeout) else save(notebook, target)
-        )
+    verb, paths, timeout_s = arguments.verb, arguments.paths, arguments.timeout
+    jobs = [partial(handle, verb, path, timeout_s) for path in paths]
     broken = 0
-    for path in paths:
-        notebook = runner.read_notebook(path)
-        if verb == "text":
-            print(to_text(notebook), end="")
-        elif verb == "execute":
-            if execute(notebook, path.stem, arguments.timeout):
-                broken += save(notebook, path)
-            else:
-                broken += 1
-        elif verb == "tidy":
-            rules.tidy(notebook)
-            runner.write_notebook(notebook, path)
-        else:
-            broken += report(path)
+    for job in [partial(build, paths, timeout_s)] if verb == "build" else jobs:
+        try:
+            broken += job()
+        except InputError as error:
+            print(error, file=sys.stderr)
+            broken += 1
     return min(broken, 1)
 
 
