@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# nbclassic is here for its copy of MathJax alone. Jupyter refuses root, which containers run as.
+LAB = --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
+# The kernel of this environment, not one of the same name that the user has installed elsewhere.
+export JUPYTER_PREFER_ENV_PATH = 1
 
 .PHONY: help book test lab check format chapters exercises clean
 
@@ -31,7 +35,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=120 chapters solutions
 
 lab: $(READY)
-	@$(BIN)/jupyter lab chapters
+	@$(BIN)/jupyter lab chapters $(LAB)
 
 check: $(READY)
 	@$(BIN)/ruff check .
