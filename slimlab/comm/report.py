@@ -15,7 +15,7 @@ LIBRARIES = ("slimlab", "torch", "numpy", "threading", "contextlib")
 
 
 class CommunicationError(RuntimeError):
-    """What run_ranks raises when a parallel program does not end as it should."""
+    """A parallel program did not end as it should, or a communicator is used after its run."""
 
 
 class DeadlockError(CommunicationError):

@@ -62,12 +62,13 @@ class Corpus:
 
 
 def reference_corpus(kind: str = "english", held_out_fraction: float = 0.1) -> Corpus:
-    """Build the corpus that every Python brings along; the same on every call and machine.
+    """Build the corpus that every Python brings along; the same on every call.
 
     kind               "english", the topics of Python's reference (`pydoc_data.topics`), or
                        "code", modules of the standard library, about 1 MB
     held_out_fraction  part of the bytes to hold out, whole documents at a time
-    returns            a Corpus; it differs between Python versions, as its fingerprint shows
+    returns            a Corpus; it differs between Python's versions and builds, as its
+                       fingerprint shows
 
     Raises InputError for another kind or fraction, or if this Python lacks the text.
     """
