@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 # nbclassic is here for its copy of MathJax alone. Jupyter refuses root, which containers run as.
-LAB = --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
+LAB = --LabApp.default_url=/lab/tree/chapters --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
 # The kernel of this environment, not one of the same name that the user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH = 1
 
@@ -35,7 +35,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=120 chapters solutions
 
 lab: $(READY)
-	@$(BIN)/jupyter lab chapters $(LAB)
+	@$(BIN)/jupyter lab $(LAB)
 
 check: $(READY)
 	@$(BIN)/ruff check .
