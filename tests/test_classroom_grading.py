@@ -1,6 +1,8 @@
 """The comparisons of graders: what fails, with which words, and that they cannot be weakened."""
 
 import random
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from classroom_cases import BAND, EXERCISES, SAMPLE  # isort: skip
         (torch.nn.Parameter(torch.ones(2)), torch.ones(2)),
         (torch.empty(0, 3), torch.empty(0, 3)),
         (1.0 + 9e-6, 1.0),
+        ([Fraction(1, 2), Decimal("0.25")], torch.tensor([0.5, 0.25])),
     ],
 )
 def test_close_values_pass_in_any_form(saw, expected):
@@ -50,10 +53,10 @@ def test_close_values_pass_in_any_form(saw, expected):
         (float("nan"), float("nan"), "it: nan"),
         (torch.tensor([float("inf")]), torch.tensor([-float("inf")]), "it: inf at [0]"),
         (1.0 + 2e-5, 1.0, "it: 1.00002"),
-        ("one", 1.0, "it is one, a str"),
-        (None, 1.0, "it is None, a NoneType"),
+        ("one", 1.0, "it: 'one', of type str"),
+        (None, 1.0, "it: None, of type NoneType"),
         (torch.tensor([1j]), torch.tensor([1.0]), "it is complex"),
-        (object(), 1.0, "it is an object of type object"),
+        (object(), 1.0, "it: an object of type object"),
     ],
 )
 def test_other_values_fail_and_say_where(saw, expected, words):
@@ -61,6 +64,24 @@ def test_other_values_fail_and_say_where(saw, expected, words):
         expect_close(saw, expected, "it", "there")
     assert caught.value.saw == words
     assert caught.value.look == "there"
+
+
+def test_another_kind_or_shape_may_have_a_place_of_its_own():
+    for saw in (torch.zeros(2), "one", object()):
+        with pytest.raises(CheckFailed) as caught:
+            expect_close(saw, torch.zeros(3), "it", "there", form="what you return")
+        assert caught.value.look == "what you return"
+
+
+@pytest.mark.parametrize(("factor", "named"), [(1 + 1e-7, True), (1 + 1e-4, False), (1.0, None)])
+def test_digits_lost_to_float32_are_named(factor, named):
+    right = torch.tensor([0.1, 2.0, 30.0], dtype=torch.float64)
+    if named is None:
+        expect_close(right * factor, right, "it", "there", rtol=1e-12)
+        return
+    with pytest.raises(CheckFailed) as caught:
+        expect_close(right * factor, right, "it", "there", rtol=1e-12)
+    assert ("float32 on the way" in caught.value.look) == named
 
 
 def test_the_tolerance_and_its_reason_are_shown():
@@ -119,6 +140,12 @@ class Close(float):
 def test_unequal_values_fail_even_if_their_class_says_otherwise(saw, expected):
     with pytest.raises(CheckFailed):
         expect_equal(saw, expected, "it", "there")
+
+
+def test_a_shape_of_one_dim_is_written_as_python_writes_it():
+    with pytest.raises(CheckFailed) as caught:
+        expect_equal((3,), (4,), "the shape", "there")
+    assert (caught.value.saw, caught.value.expected) == ("the shape: (3,)", "(4,)")
 
 
 def test_a_condition_must_be_true_itself():

@@ -12,6 +12,8 @@ The exercises of every chapter use it. Production graders compare with `assert` 
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ _argmax, _all, _full_like, _as_subclass = (
 )
 _eq, _le, _sub, _float64 = torch.eq, torch.le, torch.sub, torch.float64
 _isinstance, _type = isinstance, type
+SEVEN_DIGITS = "what costs digits, the rest agrees: float32 on the way, or a small number added"
 
 
 class CheckFailed(Exception):
@@ -74,6 +77,7 @@ def expect_close(
     atol: float = 0.0,
     rtol: float = 1e-5,
     reason: str = "float32 rounding",
+    form: str | None = None,
 ) -> None:
     """Fail unless every element is within atol + rtol * |expected|, compared in float64.
 
@@ -84,20 +88,19 @@ def expect_close(
     atol      absolute tolerance
     rtol      relative tolerance
     reason    why this tolerance; shown beside it
+    form      where to look if it is no tensor, or one of another shape; None: at `look`
     """
-    left, right = _as_tensor(saw, what, look), _as_tensor(expected, what, look)
+    left, right = _as_tensor(saw, what, form or look), _as_tensor(expected, what, look)
     if tuple(left.shape) != tuple(right.shape):
         seen, wanted = tuple(left.shape), tuple(right.shape)
-        raise CheckFailed(f"{what} of shape {seen}", f"shape {wanted}", look)
+        raise CheckFailed(f"{what} of shape {seen}", f"shape {wanted}", form or look)
     if left.numel() == 0:
         return
-    difference = _abs(_sub(left, right))
-    excess = _sub(difference, atol + rtol * _abs(right))
-    # inf - inf is nan although both agree; any other nan is a fault
-    excess = _where(_isnan(excess), _full_like(excess, float("inf")), excess)
-    excess = _where(_eq(left, right), _full_like(excess, -1.0), excess)
+    excess = _excess(left, right, atol, rtol)
     if bool(_all(_le(excess, 0.0))):
         return
+    if max(atol, rtol) < 1e-8 and bool(_all(_le(_excess(left, right, 1e-6, 1e-6), 0.0))):
+        look = SEVEN_DIGITS
     place = int(_argmax(_reshape(excess, (-1,))))
     a, b = _tolist(_reshape(left, (-1,)))[place], _tolist(_reshape(right, (-1,)))[place]
     where = f" at {_index(place, tuple(left.shape))}" if left.dim() else ""
@@ -197,6 +200,8 @@ def plain(value: object, what: str, look: str) -> object:
         return tuple(plain(one, what, look) for one in value)
     if kind in (set, frozenset):
         return frozenset(plain(one, what, look) for one in value)
+    if kind in (Fraction, Decimal):
+        return float(value)
     if kind is dict:
         return {plain(k, what, look): plain(v, what, look) for k, v in value.items()}
     if kind in (torch.dtype, torch.device):
@@ -204,8 +209,15 @@ def plain(value: object, what: str, look: str) -> object:
     if kind.__module__ == "numpy":
         return plain(value.tolist(), what, look)
     raise CheckFailed(
-        f"{what} is an object of type {kind.__name__}", "plain numbers, text or tensors", look
+        f"{what}: an object of type {kind.__name__}", "plain numbers, text or tensors", look
     )
+
+
+def _excess(left: Tensor, right: Tensor, atol: float, rtol: float) -> Tensor:
+    excess = _sub(_abs(_sub(left, right)), atol + rtol * _abs(right))
+    # inf - inf is nan although both agree; any other nan is a fault
+    excess = _where(_isnan(excess), _full_like(excess, float("inf")), excess)
+    return _where(_eq(left, right), _full_like(excess, -1.0), excess)
 
 
 def _as_tensor(value: object, what: str, look: str) -> Tensor:
@@ -217,7 +229,8 @@ def _as_tensor(value: object, what: str, look: str) -> Tensor:
     try:
         return _tensor(plain(value, what, look), dtype=_float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        seen = f"{what} is {_show(value)}, a {_type(value).__name__}"
+        shown = clean(repr(value), 200) if "'" in repr(value) else _show(value)
+        seen = f"{what}: {shown}, of type {_type(value).__name__}"
         raise CheckFailed(seen, "a tensor or a number", look) from None
 
 
@@ -245,5 +258,6 @@ def _show(value: object) -> str:
         value = _tolist(_detach(value))
     if _type(value) in (list, tuple):
         shown = ", ".join(_show(one) for one in value)
-        return f"[{shown}]" if _type(value) is list else f"({shown})"
+        comma = "," if len(value) == 1 else ""
+        return f"[{shown}]" if _type(value) is list else f"({shown}{comma})"
     return clean(value if _type(value) is str else repr(value), 200)

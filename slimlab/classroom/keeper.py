@@ -221,7 +221,7 @@ class Watched:
         return {"event": "done", "index": place, "problem": problem, "kind": "stopped"}
 
 
-LOOPS = "a loop that never ends"
+LOOPS = "a loop that never ends, or one that does far too much"
 ENDED = ("the process ended before the check did", "code that returns", "os._exit, or a crash")
 
 

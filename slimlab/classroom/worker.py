@@ -12,6 +12,7 @@ import json
 import linecache
 import os
 import random
+import re
 import sys
 import traceback
 import types
@@ -153,6 +154,10 @@ def describe(error: BaseException) -> tuple[str, tuple[str, str, str]]:
     if isinstance(error, EOFError):
         return "raised", ("your code waits for input()", "values from arguments", where)
     text = clean(f"{type(error).__name__}: {error}", 400)
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    if isinstance(error, MemoryError) or asked:
+        size = f"{int(asked[1]) / 1e9:.3g} GB" if asked else "more memory than there is"
+        return "raised", (f"your code asks for {size} at once", "less memory", where)
     if isinstance(error, guard.Refused):
         return "raised", (clean(error), "work with arguments and results only", where)
     if isinstance(error, ModuleNotFoundError) and frames and "imports" in where:

@@ -57,18 +57,40 @@ def expected_words(numbers: dict) -> dict:
     return {"scores": scores, "weights": [*weights, 0.0], "output": output, "best": best}
 
 
-def expect_untold(saw: object, wanted: object, what: str, look: str, bound: dict) -> None:
+def expect_untold(saw: object, wanted: list, what: str, look: str, bound: dict) -> None:
     """Fail unless `saw` is within `bound` of `wanted`, without telling the number to copy.
 
     what  what is compared, for the message
     look  where to look, for the message
     """
+    form = f"the exercise's text: it asks for a list of {len(wanted)} numbers there"
     try:
-        expect_close(saw, wanted, what, look, **bound)
+        expect_close(saw, wanted, what, look, form=form, **bound)
     except CheckFailed as failure:
-        told = failure.expected.startswith(("shape", "a tensor", "plain", "real"))
+        told = failure.look == form
         expected = failure.expected if told else f"another number there, to {bound['atol']}"
-        raise CheckFailed(failure.saw, expected, look) from None
+        raise CheckFailed(failure.saw, expected, failure.look) from None
+
+
+def where_weights_go_wrong(weights: object) -> str:
+    """Return where to look for the fault in `weights`, of whatever type: digits, sum or mask."""
+    try:
+        found = [float(one) for one in weights]
+    except (TypeError, ValueError):
+        found = []
+    if any(one % 1 for one in found) and all(abs(one - round(one, 2)) < 1e-7 for one in found):
+        return "how many decimals you keep, on the way and at the end"
+    if abs(sum(found) - 1.0) > 0.01:
+        return "the sum of your weights"
+    return "which exponentials belong into the sum, and which weight is exactly 0"
+
+
+def same_numbers(one: object, other: object) -> bool:
+    """Return whether `one` and `other`, of whatever type, are lists of the same numbers."""
+    try:
+        return [float(x) for x in one] == [float(x) for x in other]
+    except (TypeError, ValueError):
+        return False
 
 
 by_hand = Exercise(
@@ -96,7 +118,7 @@ def _(student, numbers):
 @by_hand.property("the four weights", points=2)
 def _(student, numbers):
     wanted = expected_words(numbers)["weights"]
-    look = "which exponentials belong into the sum, and which weight is exactly 0"
+    look = where_weights_go_wrong(student.weights)
     expect_untold(student.weights, wanted, "the weights", look, THREE_DECIMALS)
 
 
@@ -111,6 +133,8 @@ def _(student, numbers):
 def _(student, numbers):
     wanted = expected_words(numbers)["output"]
     look = "what one number added to all scores does to a softmax"
+    if same_numbers(student.output_shifted, student.output):
+        look = "`output`, which it equals, as it should: that is not right yet"
     expect_untold(student.output_shifted, wanted, "the output after the shift", look, OUTPUT)
 
 
@@ -172,15 +196,15 @@ def _(student, numbers):
 @window.property("a window of 0, and fewer keys than queries, are refused", points=1)
 def _(student, numbers):
     for T, S, width in [(3, 3, 0), (3, 3, -1), (4, 3, 2)]:
-        what = f"window_mask({T}, {S}, {width})"
-        expect_raises(lambda: student.window_mask(T, S, width), ValueError, what, "the arguments")  # noqa: B023
+        what, look = f"window_mask({T}, {S}, {width})", "`raise ValueError(...)` for both cases"
+        expect_raises(lambda: student.window_mask(T, S, width), ValueError, what, look)  # noqa: B023
 
 
 @window.property("prediction: how many pairs", points=2, deadline_s=5.0)
 def _(student, numbers):
     for T, width in [(6, 3), (5, 1), (4, 9), (7, 7)]:
         wanted = sum(sum(row) for row in window_rows(T, T, width))
-        look = "the first queries, which have fewer keys than the window"
+        look = "how many keys a late query sees, and how many the first ones"
         expect_equal(student.window_pairs(T, width), wanted, f"window_pairs({T}, {width})", look)
     wanted = sum(range(1, 4097)) + (100_000 - 4096) * 4096
     look = "a formula: a mask of 10 billion entries does not fit"
@@ -214,7 +238,8 @@ def _(student, numbers):
     saw = student.attend_or_abstain(torch.tensor(rows, dtype=torch.float64))
     wanted = [abstaining(row) for row in rows]
     look = "the 1 in the denominator; which dim is summed; no second normalisation"
-    expect_close(saw, wanted, "the weights", look, **FLOAT64)
+    form = "what is returned: as many weights as scores, the extra key is not among them"
+    expect_close(saw, wanted, "the weights", look, form=form, **FLOAT64)
 
 
 @abstain.property("scores of 1000 and -1000", points=2)
@@ -245,11 +270,25 @@ def _(student, numbers):
     expect_equal(scores.tolist(), before, "the scores afterwards", "operations that end in _ or -=")
 
 
+def gradient(weights: object, scores: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the first of `weights` at `scores`, or say why there is none."""
+    follows = isinstance(weights, torch.Tensor) and weights.requires_grad
+    saw, wanted = "weights without a gradient", "weights that autograd can follow to the scores"
+    expect(follows, saw, wanted, "detach, no_grad, NumPy, item, tolist: what leaves autograd")
+    try:
+        return torch.autograd.grad(weights[0], scores)[0]
+    except RuntimeError as error:
+        saw = f"a backward pass that fails: {str(error).split(':')[0]}"
+        raise CheckFailed(
+            saw, "a gradient", "operations in place on what is needed again"
+        ) from None
+
+
 @abstain.property("the gradient, at ordinary and at large scores", points=1)
 def _(student, numbers):
     for row in ([0.3, -0.7, 1.1], [-1000.0, -1001.0, -999.0], [800.0, 801.0, -800.0]):
         scores = torch.tensor(row, dtype=torch.float64, requires_grad=True)
-        (saw,) = torch.autograd.grad(student.attend_or_abstain(scores)[0], scores)
+        saw = gradient(student.attend_or_abstain(scores), scores)
         a = abstaining(row)
         # The softmax's own rule: one more key changes the weights, not the derivative's form.
         wanted = [a[0] * ((j == 0) - a[j]) for j in range(3)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimlab.classroom.exercise import Exercise
-from slimlab.classroom.grading import expect, expect_close, expect_equal
+from slimlab.classroom.grading import CheckFailed, expect, expect_close, expect_equal, plain
 
 FLOAT64 = {"atol": 1e-10, "rtol": 1e-10, "reason": "float64 rounding"}
 
@@ -50,63 +50,89 @@ def reference(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)[:, 0]
 
 
-def variant(*, reshaped=False, masked_late=False, unmasked=False, shrunk=1.0) -> Callable:
+def variant(*, masked_late=False, ahead=0, shrunk=1.0, first=1.0) -> Callable:
     """Make a program with chosen faults.
 
-    reshaped     keys are reshaped instead of transposed
     masked_late  the mask is multiplied into the weights
-    unmasked     there is no mask
+    ahead        how many future tokens the mask lets through
     shrunk       factor on the output
+    first        factor on the output of the first token alone
     """
 
     def attend(x, w_q, w_k, w_v):
         query, key, value = x @ w_q, x @ w_k, x @ w_v
-        keys_across = key.reshape(len(x), -1, x.shape[1]) if reshaped else key.mT
-        scores = query @ keys_across / math.sqrt(w_q.shape[1])
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        if not masked_late and not unmasked:
+        scores = query @ key.mT / math.sqrt(w_q.shape[1])
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1 + ahead)
+        if not masked_late:
             scores = scores.masked_fill(future, -torch.inf)
         weights = scores.softmax(dim=-1)
         weights = weights.masked_fill(future, 0.0) if masked_late else weights
-        return shrunk * (weights @ value)
+        factors = torch.full((x.shape[1], 1), shrunk, dtype=x.dtype)
+        factors[0] *= first
+        return factors * (weights @ value)
 
     return attend
 
 
-def probed(number: float) -> float:
+NO_MASK = variant(ahead=99)
+
+
+def probed(found: object, name: str) -> float:
     """Return what a probe found; rounding becomes a plain 0, so that messages are the same.
 
-    number  what the student's probe returned, a number or a tensor with one element
+    found  what the student's probe returned: a number, or a tensor or array with one element
+    name   the probe's name
     """
-    number = float(number)
-    return 0.0 if abs(number) < 1e-9 else number
+    number = plain(found, name, "what the probe returns")
+    while isinstance(number, tuple) and len(number) == 1:
+        number = number[0]
+    if type(number) not in (int, float):
+        kind = type(found).__name__
+        saw = f"{name} returned a {kind}" + ("" if isinstance(number, tuple) else f": {number}")
+        raise CheckFailed(saw, "one number, how large it is", "what the probe returns")
+    return 0.0 if abs(number) < 1e-9 else float(number)
 
 
 @healthy.property("leak is 0 for a causal program and not for a leaking one", points=2)
 def _(student, numbers):
-    arguments = sample(2, 5, 6, 4)
     look = "which token you change, and at which positions you compare"
     for name, attend in {"right": reference, "only too short": variant(shrunk=0.5)}.items():
-        saw = probed(student.leak(attend, *arguments))
+        saw = probed(student.leak(attend, *sample(2, 5, 6, 4)), "leak")
         expect(saw == 0, f"leak {saw:.2g} for a program that is {name}", "0", look)
-    leaking = {"has no mask": variant(unmasked=True), "masks late": variant(masked_late=True)}
+    leaking = {
+        "has no mask": NO_MASK,
+        "masks late": variant(masked_late=True),
+        "lets each token see the next one": variant(ahead=1),
+    }
     for name, attend in leaking.items():
-        saw = probed(student.leak(attend, *arguments))
+        saw = probed(student.leak(attend, *sample(2, 5, 6, 4)), "leak")
         expect(saw > 1e-3, f"leak {saw:.2g} for a program that {name}", "more than 0.001", look)
+    # one earlier output: it rises with w_v and falls with -w_v, or the other way round
+    x, w_q, w_k, w_v = sample(1, 2, 6, 1)
+    for sign in (1, -1):
+        saw = probed(student.leak(NO_MASK, x.clone(), w_q, w_k, sign * w_v), "leak")
+        what = f"leak {saw:.2g} for two tokens, d_head = 1 and no mask"
+        expect(saw > 1e-3, what, "more than 0.001", "changes downwards, which count like upwards")
 
 
 @healthy.property("distance_from_one is 0 for a weighted mean and not for less", points=2)
 def _(student, numbers):
-    arguments = sample(2, 5, 6, 4)
     look = "values that are all exactly 1; the largest distance at any position"
-    mean = {"is right": reference, "has no mask": variant(unmasked=True)}
-    for name, attend in mean.items():
-        saw = probed(student.distance_from_one(attend, *arguments))
+    for name, attend in {"is right": reference, "has no mask": NO_MASK}.items():
+        saw = probed(student.distance_from_one(attend, *sample(2, 5, 6, 4)), "distance_from_one")
         expect(saw == 0, f"distance {saw:.2g} for a program that {name}", "0", look)
-    less = {"masks late": variant(masked_late=True), "loses half": variant(shrunk=0.5)}
-    for name, attend in less.items():
-        saw = probed(student.distance_from_one(attend, *arguments))
-        expect(saw > 1e-2, f"distance {saw:.2g} for a program that {name}", "over 0.01", look)
+    saw = student.distance_from_one(variant(masked_late=True), *sample(2, 5, 6, 4))
+    saw = probed(saw, "distance_from_one")
+    expect(saw > 1e-2, f"distance {saw:.2g} for a program that masks late", "over 0.01", look)
+    half = {
+        "halves its output": variant(shrunk=0.5),
+        "adds half to its output": variant(shrunk=1.5),
+        "halves its first output": variant(first=0.5),
+    }
+    for name, attend in half.items():
+        saw = probed(student.distance_from_one(attend, *sample(2, 5, 6, 4)), "distance_from_one")
+        what = f"distance {saw:.2g} for a program that {name}"
+        expect(abs(saw - 0.5) < 1e-6, what, "0.5", "too much and too little; the farthest of all")
 
 
 @healthy.property("the mended program equals the library's", points=2)
@@ -114,16 +140,16 @@ def _(student, numbers):
     for sizes in [(2, 5, 6, 4), (3, 4, 8, 2), (1, 7, 3, 3)]:
         arguments = sample(*sizes)
         saw = student.mended_attention(*arguments)
-        look = "the order of features in the keys, the divisor, and when the mask acts"
-        what = f"the output for B, T, d_model, d_head = {sizes}"
-        expect_close(saw, reference(*arguments), what, look, **FLOAT64)
+        look = "the order of features in the keys, the divisor, and when and where the mask acts"
+        what, form = f"the output for B, T, d_model, d_head = {sizes}", "what is returned"
+        expect_close(saw, reference(*arguments), what, look, form=form, **FLOAT64)
 
 
 @healthy.property("a loud token in the future changes nothing", points=1)
 def _(student, numbers):
     arguments = sample(2, 5, 6, 4, size=40.0)
     saw = student.mended_attention(*arguments)
-    look = "a sum of weights that may be 0"
+    look = "the number that hides a score, exponentials that overflow, a sum that may be 0"
     what = "the output for large inputs"
     expect_close(saw, reference(*arguments), what, look, **FLOAT64)
 
@@ -172,9 +198,16 @@ def expect_merged(saw: tuple, wanted: tuple, what: str, look: str) -> None:
     what  what was merged, for the message
     look  where to look, for the message
     """
-    expect_equal(len(saw), 2, "how many things merge returns", "output and log-sum-exp")
+    form = "what merge returns: output (..., T, d_v), log-sum-exp (..., T), in this order"
+    pair = isinstance(saw, tuple | list) and len(saw) == 2
+    expect(pair, f"merge returned one {type(saw).__name__}", "two tensors", form)
     for name, one, other in zip(("output", "log-sum-exp"), saw, wanted):
-        expect_close(one, other, f"the {name} of {what}", look, **FLOAT64)
+        expect_close(one, other, f"the {name} of {what}", look, form=form, **FLOAT64)
+
+
+def fresh(*tensors: Tensor) -> list[Tensor]:
+    """Copy `tensors`: a merge that works in place is right too, the exercise says nothing."""
+    return [one.clone() for one in tensors]
 
 
 @merging.property("two parts give the whole", points=2)
@@ -182,22 +215,28 @@ def _(student, numbers):
     for end in (4, 8):
         (a, b), whole = pieces(end)
         look = "each part's share: its sum of exponentials against the sum of both"
-        expect_merged(student.merge(*a, *b), whole, f"keys 0-{end - 1} and the rest", look)
+        merged = student.merge(*fresh(*a, *b))
+        expect_merged(merged, whole, f"keys 0-{end - 1} and the rest", look)
+    for name, shape in {"heads, (B, H, T)": (2, 1, 3), "neither B nor H, (T,)": (6,)}.items():
+        x = [one.reshape(*shape, 5) if one.dim() > 2 else one.reshape(shape) for one in (*a, *b)]
+        wanted = whole[0].reshape(*shape, 5), whole[1].reshape(shape)
+        look = "the dims: lse has one dim less than output, at the end, however many there are"
+        expect_merged(student.merge(*fresh(*x)), wanted, f"queries with {name}", look)
 
 
 @merging.property("scores of 1000 and more", points=2)
 def _(student, numbers):
     (a, b), whole = pieces(4, loud=3000.0)
     look = "exponentials of a log-sum-exp itself, instead of a difference"
-    expect_merged(student.merge(*a, *b), whole, "two loud parts", look)
+    expect_merged(student.merge(*fresh(*a, *b)), whole, "two loud parts", look)
 
 
 @merging.property("three parts, in any order and any brackets", points=1)
 def _(student, numbers):
     (a, b, c), whole = pieces(2, 5)
     look = "the log-sum-exp that is handed on to the next merge"
-    left = student.merge(*student.merge(*a, *b), *c)
-    right = student.merge(*c, *student.merge(*b, *a))
+    left = student.merge(*student.merge(*fresh(*a, *b)), *fresh(*c))
+    right = student.merge(*fresh(*c), *student.merge(*fresh(*b, *a)))
     expect_merged(left, whole, "(a b) c", look)
     expect_merged(right, whole, "c (b a)", look)
 
@@ -207,9 +246,19 @@ def _(student, numbers):
     _, whole = pieces(4)
     nothing = (torch.zeros_like(whole[0]), torch.full_like(whole[1], -torch.inf))
     look = "minus infinity minus minus infinity"
-    expect_merged(student.merge(*whole, *nothing), whole, "all keys and no keys", look)
-    expect_merged(student.merge(*nothing, *whole), whole, "no keys and all keys", look)
-    expect_merged(student.merge(*nothing, *nothing), nothing, "no keys and no keys", look)
+    for one, other, wanted, what in (
+        (whole, nothing, whole, "all keys and no keys"),
+        (nothing, whole, whole, "no keys and all keys"),
+        (nothing, nothing, nothing, "no keys and no keys"),
+    ):
+        expect_merged(student.merge(*fresh(*one, *other)), wanted, what, look)
+    # As under a causal mask: only the first query sees no key of this part.
+    some, twice = fresh(*whole), fresh(*whole)
+    some[0][:, 0], some[1][:, 0] = 0.0, -torch.inf
+    twice[1][:, 1:] += math.log(2.0)
+    look = "every query by itself: one may see no key of a part while others see some"
+    merged = student.merge(*fresh(*some, *whole))
+    expect_merged(merged, twice, "a part that is empty for one query", look)
 
 
 @merging.property("prediction: the bytes that one part sends to the other", points=1)
