@@ -356,15 +356,21 @@ def test_a_rank_that_went_on_is_stopped_at_its_next_call(monkeypatch):
 
 
 def test_an_interrupt_from_the_keyboard_ends_the_run():
+    too_late = []
+
     def program(comm):
         if comm.rank == 1:
+            time.sleep(0.1)  # until the caller waits: this does not end a wait, as a signal would
             _thread.interrupt_main()
-            while True:
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
                 pass
+            too_late.append(comm.rank)
         comm.barrier()
 
     with pytest.raises(KeyboardInterrupt):
         run_ranks(program, 2, timeout_s=NEVER_S)
+    assert too_late == []
     deadline = time.monotonic() + 20
     while [t for t in threading.enumerate() if t.name.startswith("rank ")]:
         assert time.monotonic() < deadline

@@ -32,6 +32,8 @@ from slimlab.comm.world import Call, RandomState, RankStopped, World
 
 # How long run_in_threads waits for a rank that it asked to end, before it says that it goes on.
 GRACE_S = 1.0
+# How long it waits at a time while the ranks run.
+WAIT_S = 0.2
 
 
 class ThreadCommunicator(Communicator):
@@ -92,7 +94,7 @@ def run_in_threads(
     try:
         for state in world.ranks:
             state.thread.start()
-        if not world.over.wait(timeout_s):
+        if not _wait_for(world.over, timeout_s):
             unfinished = world.table(running=world.turn)
     finally:
         # Also on the way out of an interrupt from the keyboard, which only this thread gets.
@@ -126,6 +128,15 @@ def _rank_error(rank: int, error: BaseException) -> RankError:
     wrapped = RankError(rank, f"rank {rank} raised {message_of(error)}\nat {line}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _wait_for(over: threading.Event, timeout_s: float) -> bool:
+    # An interrupt that reaches the process in another thread is only seen between two waits.
+    deadline_s = time.monotonic() + timeout_s
+    while not over.wait(min(WAIT_S, max(0.0, deadline_s - time.monotonic()))):
+        if time.monotonic() >= deadline_s:
+            return False
+    return True
 
 
 def _end_threads(world: World) -> list[int]:
