@@ -83,6 +83,38 @@ def test_cells_that_leave_no_history_are_checked_too(own_checks):
     assert [result["text/plain"] for result in results] == ["4"]
 
 
+def test_a_check_before_its_cell_was_run_says_so(own_checks):
+    cells = execute("import torch\nfrom slimlab.classroom.check import check", 'check("90.1")')
+    (report, _) = shown(cells[1])
+    assert "no cell with the first line `# exercise 90.1` that has been run" in report
+    assert "run it (after a restart again)" in report
+
+
+def test_a_cell_that_the_editor_names_is_replaced_by_its_newest_form(own_checks):
+    manager, client = start_new_kernel()
+    replies = []
+
+    def run(source, cell_id):
+        content = {"code": source, "store_history": True, "silent": False, "stop_on_error": False}
+        message = client.session.msg("execute_request", content, metadata={"cellId": cell_id})
+        client.shell_channel.send(message)
+        while True:
+            reply = client.get_iopub_msg(timeout=60)
+            replies.append(reply)
+            mine = reply["parent_header"].get("msg_id") == message["header"]["msg_id"]
+            if mine and reply["content"].get("execution_state") == "idle":
+                return
+
+    run("import torch\nfrom slimlab.classroom.check import check", "first")
+    run(GOOD_BAND.replace("torch.", "toch.") + "extra = undefined\n", "work")
+    run(GOOD_BAND, "work")
+    run('check("90.1").score', "check")
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    results = [r["content"]["data"] for r in replies if r["msg_type"] == "execute_result"]
+    assert [result["text/plain"] for result in results] == ["4"]
+
+
 def test_check_outside_a_notebook_says_what_to_do_instead(own_checks, tmp_path, capsys):
     with pytest.raises(InputError, match="slimlab check 01"):
         check("90.1")

@@ -232,8 +232,45 @@ def test_a_comparison_that_always_passes_is_named(check):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "import slimlab.classroom.worker as w; w.run_property = lambda *a: ('passed', None)",
+        "import slimlab.classroom.worker as w; w.comparison_is_sound = lambda: True\n"
+        "import slimlab.classroom.grading as g; g.plain = lambda *a: 0",
+        "import gc\nfor one in gc.get_objects():\n"
+        "    if type(one).__name__ == 'Property': vars(one)['function'] = lambda *a: None",
+        "import slimlab.classroom.grading as g; g.plain.__code__ = (lambda a, b, c: 0).__code__",
+    ],
+)
+def test_replacing_parts_of_the_grader_gives_no_points(check, line):
+    report = check(f"# exercise 90.1\n{line}\ndef band_mask(T, width): return 1\n")
+    assert report.score == 0
+
+
+def test_defaults_of_torch_that_a_cell_changes_do_not_reach_the_comparison(check):
+    for line in ("set_default_device('meta')", "set_default_dtype(torch.float64)"):
+        report = check(GOOD_BAND + f"torch.{line}\n")
+        assert report.score == 4, report.text()
+
+
+def test_an_allocation_that_cannot_be_is_told_in_gigabytes(check):
+    report = check(inside("torch.ones(10**15)"))
+    assert report.outcomes[0].problem.saw == "your code asks for 4e+06 GB at once"
+    assert report.outcomes[0].problem.look == "line 3 of cell 2: torch.ones(10**15)"
+    report = check(inside("bytearray(10**18)"))
+    assert "more memory than there is" in report.outcomes[0].problem.saw
+
+
+def test_syntax_that_only_a_notebook_knows_is_named_with_its_line(check):
+    report = check(GOOD_BAND + "import asyncio\nawait asyncio.sleep(0)\n")
+    assert report.problem.saw.startswith("SyntaxError: 'await' outside function")
+    assert report.problem.look == "line 8 of cell 2"
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("open('/dev/shm/of-a-test', 'w')", "write 'of-a-test'"),
         ("import shutil; shutil.rmtree({folder!r})", "shutil.rmtree('keep')"),
         ("import os; os.remove({folder!r} + '/a.txt')", "os.remove('a.txt')"),
         ("import os; os.rename({folder!r}, 'stolen')", "os.rename('keep')"),

@@ -26,6 +26,10 @@ from classroom_cases import GOOD_BAND, submit, write_notebook  # isort: skip
         ("%%time\n# exercise 1.1\nx = 1", "", "1.1"),
         ("x = 1", "ex-1-1", "1.1"),
         ("x = 1", "ex-1-1-2", "1.1"),
+        ("#Exercise 1.1\nx = 1", "", "1.1"),
+        ("# exercise 1.1 (mine)\nx = 1", "", "1.1"),
+        ("# EXERCISE 1.1 ★★\r\nx = 1", "", "1.1"),
+        ("# exercise 1.1 took me an hour\nx = 1", "", None),
         ("x = 1\n# exercise 1.1", "", None),
         ("# exercise 1.11x", "", None),
         ("# check 1.1", "check-1-1", None),
@@ -124,6 +128,21 @@ def test_a_syntax_error_that_was_mended_is_forgotten_and_a_fresh_one_is_not():
     assert "In [2]" in fresh.problem.saw
 
 
+def test_an_older_form_that_failed_is_forgotten_although_it_defined_more():
+    failed = "# exercise 1.1\nrows = undefined\ndef f(): return 1"
+    good = "# exercise 1.1\ndef f(): return 2"
+    found = latest_cells(history(failed, good), "1.1", failed={1})
+    assert [cell.label for cell in found if cell.label != "In [0]"] == ["In [2]"]
+    assert len(latest_cells(history(good, failed), "1.1", failed={2})) == 2, "the newest stays"
+
+
+def test_where_the_editor_names_cells_the_newest_form_of_each_stands_in_its_place():
+    first, second = "# exercise 1.1\nhelper = 1\nold = 2", "# exercise 1.1\nuse = helper"
+    changed = "# exercise 1.1\nhelper = 3"
+    found = latest_cells(history(first, second, changed), "1.1", {1: "a", 2: "b", 3: "a"})
+    assert [cell.source for cell in collect(found, "1.1").cells] == [changed, second]
+
+
 def test_an_unmarked_cell_between_runs_of_the_same_cell_keeps_one_copy():
     cell = "# exercise 1.1\nprint('only prints')"
     assert len(collect(latest_cells(history(cell, "x = 1", cell), "1.1"), "1.1").cells) == 1
@@ -195,4 +214,8 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path):
 def test_the_name_in_the_notebook_is_found():
     cells = [Cell("cell 1", 'student("Ada")'), Cell("cell 2", "def student(:"), Cell("cell 3", "x")]
     assert student_named(cells) == "Ada"
+    asked = 'name = "Grace Hopper"\nif name:\n    student(name)'
+    assert student_named([*cells, Cell("cell 4", asked)]) == "Grace Hopper"
+    left_empty = asked.replace("Grace Hopper", "")
+    assert student_named([Cell("cell 1", left_empty)]) is None
     assert student_named(cells[1:]) is None

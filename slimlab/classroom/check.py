@@ -17,7 +17,14 @@ from slimlab.classroom.exercise import find_exercise
 from slimlab.classroom.process import shared_keeper
 from slimlab.classroom.report import Report, nothing_checked
 from slimlab.classroom.session import SESSION
-from slimlab.classroom.submission import Problem, collect, latest_cells, read_cells
+from slimlab.classroom.submission import (
+    Problem,
+    Submission,
+    collect,
+    latest_cells,
+    mark_of,
+    read_cells,
+)
 from slimlab.config import InputError
 
 
@@ -60,10 +67,15 @@ def check(
     if SESSION.grading:
         problem = Problem("a check inside a checked cell", "it in a cell of its own", "that cell")
         return nothing_checked(exercise, problem)
-    cells = latest_cells(_history(), number) if file is None else read_cells(file)
+    if file is not None:
+        work = collect(read_cells(file), number)
+    else:
+        cells = latest_cells(_history(), number, SESSION.cell_ids, SESSION.failed)
+        ran = any(mark_of(cell) == number for cell in cells)
+        work = collect(cells, number) if ran else Submission((), problem=_not_run(number))
     report = shared_keeper().check(
         exercise,
-        collect(cells, number),
+        work,
         student or SESSION.name,
         SESSION.class_seed(),
         hint,
@@ -101,8 +113,20 @@ def _history() -> list[str]:
 
 def _remember(result: object) -> None:
     # nbval and some editors run cells that IPython's history leaves out
-    if not result.info.store_history:
-        SESSION.unrecorded.append(result.info.raw_cell)
+    info, place = result.info, result.execution_count
+    if not info.store_history:
+        SESSION.unrecorded.append(info.raw_cell)
+        return
+    if info.cell_id is not None:
+        SESSION.cell_ids[place] = info.cell_id
+    if not result.success:
+        SESSION.failed.add(place)
+
+
+def _not_run(number: str) -> Problem:
+    saw = f"no cell with the first line `# exercise {number}` that has been run"
+    look = "your cell: run it (after a restart again), then this one"
+    return Problem(saw, "your work, run in this notebook", look)
 
 
 if _shell() is not None:

@@ -52,7 +52,8 @@ def _hook(folder: str, may_start_programs: bool) -> Callable:
             except OSError:
                 return True  # not Linux: shutil.rmtree was judged by its own event
         found = realpath(path)
-        return found == folder or found.startswith((folder + "/", "/dev/"))
+        shared = found.startswith("/dev/shm/")  # memory that would outlive the check
+        return found == folder or found.startswith((folder + "/", "/dev/")) and not shared
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":

@@ -20,6 +20,8 @@ class Session:
     seed        the seed of the class, or None until classroom.toml was looked for
     grading     True inside the process that a check runs in, where a check checks nothing
     unrecorded  cells that ran in this notebook without a place in its history
+    cell_ids    which cell of the notebook ran at a place in the history, where the editor says it
+    failed      the places of those that ended with an error
     """
 
     def __init__(self):
@@ -27,6 +29,8 @@ class Session:
         self.seed: int | None = None
         self.grading = False
         self.unrecorded: list[str] = []
+        self.cell_ids: dict[int, str] = {}
+        self.failed: set[int] = set()
 
     def begin(self, name: str | None, seed: int | None = None, grading: bool = False) -> None:
         """Set `name`, `seed` and `grading`."""

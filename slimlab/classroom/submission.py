@@ -8,7 +8,7 @@ history of a running kernel. Every chapter's exercises use it; nbgrader runs the
 import ast
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from slimlab.classroom.report import Problem
 from slimlab.config import InputError, require
 
 MAX_FILE_BYTES = 20_000_000
-MARK = re.compile(r"#+\s*exercise\s+(\d{1,2}\.\d{1,2})\s*(?:[:.\-].*)?$", re.IGNORECASE)
+MARK = re.compile(r"#+\s*exercise\s*(\d{1,2}\.\d{1,2})\s*(?:[^\w\s].*)?$", re.IGNORECASE)
 GRADE_ID = re.compile(r"ex-(\d{1,2})-(\d{1,2})(?:-.*)?$")
 
 
@@ -105,30 +105,42 @@ def parsable(source: str) -> tuple[str, SyntaxError | None]:
     return source, first
 
 
-def latest_cells(history: Sequence[str], number: str) -> list[Cell]:
+def latest_cells(
+    history: Sequence[str],
+    number: str,
+    ids: Mapping[int, str] | None = None,
+    failed: Collection[int] = (),
+) -> list[Cell]:
     """Return the cells of a kernel's history, keeping only the newest form of each marked cell.
 
     history  IPython's raw inputs; entry 7 is In [7]
     number   the exercise whose marked cells are reduced to their newest form
+    ids      which cell an input came from, by place, where the editor says it (JupyterLab does)
+    failed   the places of inputs that ended with an error
 
-    A kernel does not say which cell an input came from. An older input is dropped once every name
-    that it defines is defined by newer ones, or if it does not parse and a newer one exists.
+    Cells stand in the order in which they were first run. Of inputs without an id, an older one is
+    dropped once every name that it defines is defined by newer ones, or if it failed or does not
+    parse and a newer one exists.
     """
-    kept, defined = [], set()
+    ids, kept, defined = ids or {}, {}, set()
+    first = {}
+    for place in range(len(history)):
+        first.setdefault(ids.get(place, place), place)
     for place in range(len(history) - 1, -1, -1):
-        cell = Cell(f"In [{place}]", history[place])
+        cell, origin = Cell(f"In [{place}]", history[place]), ids.get(place, place)
         if mark_of(cell) == number:
             source, error = parsable(cell.source)
             names = set() if error else _names_defined(ast.parse(source))
-            if defined and (error or names <= defined):
+            older = error or place in failed or names <= defined
+            if origin in kept or (defined and older):
                 continue
-            kept.append(cell)
+            kept[origin] = cell
             if error:
                 break
             defined |= names or {"a cell that defines nothing"}
         else:
-            kept.append(cell)
-    return kept[::-1]
+            kept.setdefault(origin, cell)
+    return [kept[origin] for origin in sorted(kept, key=first.get)]
 
 
 def read_cells(path: str | Path) -> list[Cell]:
@@ -156,17 +168,25 @@ def read_cells(path: str | Path) -> list[Cell]:
 
 
 def student_named(cells: Iterable[Cell]) -> str | None:
-    """Return the name in the last call student("...") among `cells`, or None."""
-    name = None
+    """Return the name in the last call student("...") among `cells`, or None.
+
+    cells  a notebook's cells; student(name) after name = "..." in the same cell counts too
+    """
+    said = None
     for cell in cells:
         if "student" not in cell.source:
             continue
         source, error = parsable(cell.source)
+        texts: dict[str, object] = {}
         for node in [] if error else ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                texts |= {getattr(one, "id", ""): node.value.value for one in node.targets}
             called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "student"
-            if called and node.args and isinstance(node.args[0], ast.Constant):
-                name = str(node.args[0].value)
-    return name
+            if called and node.args:
+                given = node.args[0]
+                name = texts.get(getattr(given, "id", ""), getattr(given, "value", None))
+                said = name if isinstance(name, str) and name.strip() else said
+    return said
 
 
 def _notebook_cells(text: str, name: str) -> list[Cell]:

@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 import types
+from collections.abc import Callable
 
 import torch
 
@@ -24,7 +25,11 @@ from slimlab.classroom.exercise import Property, find_exercise
 from slimlab.classroom.grading import CheckFailed, clean, comparison_is_sound
 from slimlab.classroom.session import SESSION
 
-CHANGED = ("the comparison itself was changed", "the comparisons of torch and Python as they are")
+CHANGED = (
+    "the comparison itself was changed",
+    "the comparisons of torch and Python as they are",
+    "what your cells replace in torch, builtins or the grader",
+)
 
 
 class Student:
@@ -85,6 +90,7 @@ def run(job: dict, lines: Lines, folder: str) -> None:
     settle()
     sys.dont_write_bytecode = True
     guard.install(folder, exercise.may_start_programs)
+    run_one, is_as_it_was = run_property, watched_parts(properties)
     lines.send("ready")
     try:
         execute_cells(job, module.__dict__)
@@ -101,8 +107,36 @@ def run(job: dict, lines: Lines, folder: str) -> None:
     student = Student(module.__dict__)
     for place in range(job["first"], len(properties)):
         lines.send("start", index=place)
-        kind, problem = run_property(properties[place], student, numbers)
+        kind, problem = run_one(properties[place], student, numbers)
+        if kind == "passed" and not is_as_it_was():
+            kind, problem = "failed", CHANGED
         lines.send("done", index=place, kind=kind, problem=problem)
+
+
+def watched_parts(properties: tuple[Property, ...]) -> Callable[[], bool]:
+    """Return a function that says whether the grader's own parts are still what they are now.
+
+    properties  those of the exercise
+
+    A cell that means to cheat can undo this too: it shares the process.
+    """
+    names = [name for name in sys.modules if name.startswith("slimlab.classroom.")]
+    places = [vars(sys.modules[name]) for name in names]
+    places += [one.function.__globals__ for one in properties] + [vars(one) for one in properties]
+    kept = [
+        (place, name, value, getattr(value, "__code__", None))
+        for place in places
+        for name, value in place.items()
+        if callable(value)
+    ]
+
+    def as_it_was() -> bool:
+        return all(
+            place.get(name) is value and getattr(value, "__code__", None) is code
+            for place, name, value, code in kept
+        )
+
+    return as_it_was
 
 
 def settle() -> None:
@@ -111,6 +145,7 @@ def settle() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     torch.set_grad_enabled(True)
 
 
@@ -130,9 +165,10 @@ def run_property(one: Property, student: Student, numbers: dict) -> tuple[str, t
         one.function(student, dict(numbers))
     except BaseException as error:
         return describe(error)
-    if not comparison_is_sound():
-        return "failed", (*CHANGED, "what your cells replace in torch or builtins")
-    return "passed", None
+    with contextlib.suppress(Exception):
+        if comparison_is_sound():
+            return "passed", None
+    return "failed", CHANGED
 
 
 def describe(error: BaseException) -> tuple[str, tuple[str, str, str]]:
@@ -154,6 +190,8 @@ def describe(error: BaseException) -> tuple[str, tuple[str, str, str]]:
     if isinstance(error, EOFError):
         return "raised", ("your code waits for input()", "values from arguments", where)
     text = clean(f"{type(error).__name__}: {error}", 400)
+    if isinstance(error, SyntaxError) and _is_student(str(error.filename)):
+        where = f"line {error.lineno} of {error.filename.strip('<>')}"
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))
     if isinstance(error, MemoryError) or asked:
         size = f"{int(asked[1]) / 1e9:.3g} GB" if asked else "more memory than there is"
