@@ -217,6 +217,15 @@ def test_lanes_figure_draws_a_message_from_its_sender_to_its_receiver():
     assert {"rank 0", "rank 1", "rank 2", "16 B", "add"} <= set(texts(axes))
 
 
+def test_lanes_figure_has_room_for_the_longest_text_in_the_last_step():
+    work = [(2, rank, "mean of all gradients") for rank in range(3)]
+    axes = show.lanes_figure(3, [], work).axes[0]
+    boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert len(boxes) == 3
+    assert all(axes.get_xlim()[0] < box.get_x() for box in boxes)
+    assert all(box.get_x() + box.get_width() < axes.get_xlim()[1] for box in boxes)
+
+
 def test_figures_are_closed_so_that_a_notebook_shows_them_once():
     plt.close("all")
     figures = [show.attention_map(WEIGHTS), show.bars({"a": 1}, "y"), show.flow_figure(["a", "b"])]

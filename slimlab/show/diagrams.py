@@ -211,7 +211,7 @@ def lanes_figure(
     last = max([step + 1 for step, *_ in messages] + [step for step, *_ in work] + [1])
     longest = max([len(text) for *_, text in work] + [4])
     step_x, step_y, box = max(1.3, 0.45 + 0.085 * longest), 0.8, 0.3 + 0.085 * longest
-    size = (1.5 + last * step_x + box / 2, (world_size - 1) * step_y + (1.3 if title else 1.0))
+    size = (1.1 + last * step_x + box, (world_size - 1) * step_y + (1.3 if title else 1.0))
     figure, axes = blank(size, title)
     lanes = [0.6 + (world_size - 1 - rank) * step_y for rank in range(world_size)]
     left = 0.9 + box / 2
