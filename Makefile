@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SOLUTIONS ?= all
 READY = $(VENV)/.ready
 # nbclassic is here for its copy of MathJax alone. Jupyter refuses root, which containers run as.
 LAB = --LabApp.default_url=/lab/tree/chapters --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -12,6 +13,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 
 help:
 	@echo "make book      run every chapter and build the HTML book"
+	@echo "               make book SOLUTIONS=none, or =01,02, shows the solutions of no, or of these, chapters"
 	@echo "make test      run all tests"
 	@echo "make lab       open the chapters in JupyterLab"
 	@echo "make check     lint and check formatting"
@@ -28,7 +30,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 book: $(READY)
-	@$(BIN)/python tools/build_book.py
+	@$(BIN)/python tools/build_book.py --solutions $(SOLUTIONS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
