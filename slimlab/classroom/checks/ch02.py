@@ -24,6 +24,7 @@ from slimlab.plan.memory import kv_cache_bytes
 __all__ = ["budget", "contributions", "healthy", "pooling", "removal"]
 
 GIB = 2**30
+OTHER = " and a model with 3 layers, 5 key heads and 1 byte per number"
 
 
 def draw_budget(rng) -> dict:
@@ -105,17 +106,20 @@ def _(student, numbers):
 
 @budget.property("the longest context fits, and one token more does not", points=2)
 def _(student, numbers):
-    for batch_size in (1, 3, 32):
-        given = {name: value for name, value in numbers.items() if name != "seq_len"}
+    sizes = {name: value for name, value in numbers.items() if name != "seq_len"}
+    other = sizes | {"bytes_per_element": 1, "num_layers": 3, "num_kv_heads": 5}
+    for batch_size, given in ((1, sizes), (3, sizes), (32, sizes), (3, other)):
         tokens = student.longest_context(batch_size=batch_size, **given)
         expect_equal(type(tokens).__name__, "int", "the type of longest_context", "the division")
         fits = [count_sequences(given | {"seq_len": max(1, tokens + k)}) for k in (0, 1)]
         expect(
             tokens >= 1 and fits[0] >= batch_size > fits[1],
-            f"{tokens} tokens for {batch_size} sequences",
+            f"{tokens} tokens for batch_size = {batch_size}" + (OTHER if given is other else ""),
             "the greatest length at which all of them fit",
             "what the rest of the memory is divided by, and the rounding",
         )
+    saw = student.longest_context(batch_size=3, **sizes | {"num_params": sizes["memory_gib"] * GIB})
+    expect_equal(saw, 0, "tokens beside weights too large", "a rest below 0")
 
 
 @budget.property("your prediction by hand was right", points=1)
@@ -153,21 +157,21 @@ contributions = Exercise(
 def check_contributions(student, layer: MultiHeadAttention, T: int, mask, look: str) -> None:
     """Compare `student` on `layer`, T tokens and `mask` with the oracle; `look` is the hint."""
     x = torch.randn(2, T, layer.q_proj.in_features, dtype=torch.float64)
+    num_heads, before = layer.out_proj.in_features // layer.d_head, copy.deepcopy(layer)
     with torch.no_grad():
-        parts, rest = student.head_contributions(layer, x, mask)
-    num_heads = layer.out_proj.in_features // layer.d_head
-    shape = (2, num_heads, T, layer.out_proj.out_features)
+        parts, rest = student.head_contributions(layer, x.clone(), mask)
+    for name, parameter in before.state_dict().items():
+        what, place = f"the {name} of the layer afterwards", "the layer must not change: use a copy"
+        expect_close(layer.state_dict()[name], parameter, what, place)
+    shape = (2, num_heads, T, before.out_proj.out_features)
     expect_equal(tuple(parts.shape), shape, "the shape (B, H, T, D)", "the output projection")
-    reason = "float64 rounding"
+    near = {"atol": 1e-10, "rtol": 0.0, "reason": "float64 rounding"}
     for head in range(num_heads):
-        wanted = only_head(layer, head, x, mask)
-        what = f"what head {head} contributes"
-        expect_close(parts[:, head], wanted, what, look, atol=1e-10, rtol=0.0, reason=reason)
+        wanted = only_head(before, head, x, mask)
+        expect_close(parts[:, head], wanted, f"what head {head} contributes", look, **near)
     with torch.no_grad():
-        total = parts.sum(1) + rest
-        output = layer(x, mask=mask)
-    what = "the sum of all heads and the rest"
-    expect_close(total, output, what, "the biases", atol=1e-10, rtol=0.0, reason=reason)
+        total, output = parts.sum(1) + rest, before(x, mask=mask)
+    expect_close(total, output, "the sum of all heads and the rest", "the biases", **near)
 
 
 @contributions.property("each head of a plain layer", points=2)
@@ -192,3 +196,19 @@ def _(student, numbers):
 def _(student, numbers):
     layer = random_layer(4, 12, 3, bias=True)
     check_contributions(student, layer, 5, None, "which bias is inside a head and which is not")
+    layer = random_layer(5, 10, 4, 2, d_head=3, bias=True)
+    look = "biases where key heads are shared, under a causal mask"
+    check_contributions(student, layer, 4, causal_mask(4), look)
+
+
+@contributions.property("rest has the shape (D,), with a bias and without one")
+def _(student, numbers):
+    for bias in (True, False):
+        look = "a bias has no tokens" if bias else "what rest is where nothing is left"
+        layer = random_layer(6, 12, 3, bias=bias)
+        x = torch.randn(2, 5, 12, dtype=torch.float64)
+        with torch.no_grad():
+            parts, rest = student.head_contributions(layer, x.clone(), None)
+            expect_close(parts.sum(1) + rest, layer(x), "the sum of all heads and the rest", look)
+        saw = tuple(rest.shape) if isinstance(rest, Tensor) else f"a {type(rest).__name__}"
+        expect_equal(saw, (12,), f"the shape of rest with bias = {bias}", look)

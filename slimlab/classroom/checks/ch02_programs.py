@@ -54,12 +54,19 @@ class LooksHealthy(nn.Module):
 
 
 class OneFarNumber(nn.Module):
-    """A layer in which the last token reaches two earlier outputs, by -4 at the most."""
+    """A layer in which the last token reaches two earlier outputs, by -4 at the most.
+
+    position  the one that it reaches by -4; the other is the first
+    """
+
+    def __init__(self, position: int):
+        super().__init__()
+        self.position = position
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return 10 x and the leak, for x (B, T, D) with T of at least 5 and D of at least 2."""
+        """Return 10 x and the leak, for x (B, T, D) with more than `position` tokens."""
         leaked = torch.zeros_like(x)
-        for position, down, up in ((0, 3.0, 2.5), (3, 4.0, 3.5)):
+        for position, down, up in ((0, 3.0, 2.5), (self.position, 4.0, 3.5)):
             leaked[:, position, 0] = -down * x[:, -1, -1]
             leaked[:, position, 1] = up * x[:, -1, -1]
         return 10.0 * x + leaked
@@ -88,9 +95,9 @@ def true_leak(layer: nn.Module, x: Tensor) -> float:
 @healthy.property("leak finds how strongly the program sees the future", points=2)
 def _(student, numbers):
     layer = LooksHealthy(random_layer(21, 12, 6, 2))
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    x = torch.randn(3, 5, 12, dtype=torch.float64)  # with this seed the second leaks most
     saw = student.leak(layer, x.clone())
-    look = "which pairs of positions count, and the greatest absolute value"
+    look = "which pairs of positions and which sequences count, and the greatest absolute value"
     reason = "a difference quotient is welcome too"
     expect_close(saw, true_leak(layer, x), "the leak", look, rtol=1e-3, reason=reason)
 
@@ -99,9 +106,10 @@ def _(student, numbers):
 def _(student, numbers):
     x = torch.randn(1, 6, 4, dtype=torch.float64)
     look = "signs, sums in which two leaks cancel, every position, and later ones far away"
-    saw = student.leak(OneFarNumber(), x)
-    what = "the leak of a layer with the entries -3, 2.5, -4 and 3.5"
-    expect_close(saw, 4.0, what, look, rtol=1e-3, reason="a difference quotient is welcome too")
+    for position in (3, 4):  # 4 is the last one that has a future
+        saw = student.leak(OneFarNumber(position), x.clone())
+        what = f"the leak of a layer with -3 and 2.5 at position 0, -4 and 3.5 at {position} of 6"
+        expect_close(saw, 4.0, what, look, rtol=1e-3, reason="a difference quotient is welcome too")
 
 
 @healthy.property("an honest layer leaks nothing, and its faulty twin does", points=1)

@@ -7,6 +7,7 @@ afterwards; these exercises end where the weights are right.
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ def random_layer(seed: int, *sizes: int, bias: bool = False, **others: int) -> M
     """Make a float64 layer of `sizes` and `others`, drawn with `seed`, with or without `bias`."""
     torch.manual_seed(seed)
     return MultiHeadAttention(*sizes, bias=bias, **others).double()
+
+
+def check_type(made: nn.Module) -> None:
+    """Fail if a number of `made` is not float64, as those of the layer that it is made from."""
+    types = {str(one.dtype) for one in made.parameters()}
+    look = "the dtype of the old layer's weights"
+    expect_equal(sorted(types), ["torch.float64"], "the dtype of the new numbers", look)
 
 
 pooling = Exercise(
@@ -79,8 +87,10 @@ def _(student, numbers):
     with torch.no_grad():
         wanted = layer(x, mask=causal_mask(5))
         made = student.group_heads(layer, 2)
+        rows, look = made.k_proj.weight.shape[0], "2 heads of 3 features"
+        expect_equal(rows, 6, "rows of the new k_proj.weight", look)
+        check_type(made)
         saw = made(x, mask=causal_mask(5))
-    expect_equal(made.k_proj.out_features, 6, "rows of the new k_proj", "2 heads of 3 features")
     look = "mean or sum, and which heads share a key head"
     expect_close(saw, wanted, "the output", look, atol=1e-6, rtol=0.0)
 
@@ -101,14 +111,22 @@ def _(student, numbers):
     layer = random_layer(9, 12, 6, d_head=4)
     before = copy.deepcopy(layer.state_dict())
     made = student.group_heads(layer, 2)
+    for name, parameter in layer.state_dict().items():
+        expect_close(parameter, before[name], f"the old layer's {name}", "what you write to")
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(1.0)
     for name, parameter in layer.state_dict().items():
-        look = "copies: do the two layers share memory?"
-        expect_close(parameter, before[name], f"the old layer's {name}", look)
-    what, look = "6 heads in 4 groups", "sizes that do not divide"
-    expect_raises(lambda: type(student.group_heads(layer, 4)).__name__, ValueError, what, look)
+        what = f"the old layer's {name} after 1 was added to the new one's"
+        expect_close(parameter, before[name], what, "copies: do the two layers share memory?")
+    grouped, look = random_layer(10, 12, 8, 2, d_head=2), "sizes that do not divide"
+    for old, what in ((layer, "6 key heads in 4 groups"), (grouped, "4 key heads from 2")):
+        expect_raises(partial(made_kind, student, old, 4), ValueError, what, look)
+
+
+def made_kind(student, layer: MultiHeadAttention, num_kv_heads: int) -> str:
+    """Name the class of student.group_heads(layer, num_kv_heads), a word for a message."""
+    return type(student.group_heads(layer, num_kv_heads)).__name__
 
 
 removal = Exercise(
@@ -154,12 +172,17 @@ def check_removal(student, layer: MultiHeadAttention, removed: list[int], look: 
     """Compare student.remove_heads(layer, removed) with the oracle; `look` is the hint."""
     x = torch.randn(2, 5, layer.q_proj.in_features, dtype=torch.float64)
     before = copy.deepcopy(layer.state_dict())
+    wanted = [without(layer, removed, x, mask) for mask in (None, causal_mask(5))]
     made = student.remove_heads(layer, list(removed))
-    for mask in (None, causal_mask(5)):
-        with torch.no_grad():
-            saw, wanted = made(x, mask=mask), without(layer, removed, x, mask)
-        what = f"the output without heads {sorted(set(removed))}"
-        expect_close(saw, wanted, what, look, atol=1e-9, rtol=0.0, reason="float64 rounding")
+    for name, parameter in layer.state_dict().items():
+        expect_close(parameter, before[name], f"the old layer's {name}", "copies of its parts")
+    check_type(made)
+    what, reason = f"the output without heads {sorted(set(removed))}", "float64 rounding"
+    with torch.no_grad():
+        free, masked = made(x, mask=None), made(x, mask=causal_mask(5))
+    expect_close(free, wanted[0], what, look, atol=1e-9, rtol=0.0, reason=reason)
+    what = f"{what} under a causal mask"
+    expect_close(masked, wanted[1], what, "the mask", atol=1e-9, rtol=0.0, reason=reason)
     held = [*made.parameters(), *(one for one in made.buffers() if one.is_floating_point())]
     expect_equal(
         sum(one.numel() for one in held),
@@ -167,13 +190,11 @@ def check_removal(student, layer: MultiHeadAttention, removed: list[int], look: 
         "numbers in the new layer",
         "which rows and columns nobody uses any more",
     )
-    for name, parameter in layer.state_dict().items():
-        expect_close(parameter, before[name], f"the old layer's {name}", "copies of its parts")
 
 
 @removal.property("one head of a plain layer", points=2)
 def _(student, numbers):
-    look = "rows of q_proj, k_proj, v_proj; columns of out_proj"
+    look = "rows of q_proj, k_proj, v_proj; columns of out_proj; the scale"
     check_removal(student, random_layer(11, 12, 3), [1], look)
 
 
@@ -202,3 +223,5 @@ def _(student, numbers):
     look = "which key head each remaining query head uses"
     check_removal(student, layer, [2, 4, 1], look)
     check_removal(student, random_layer(17, 12, 6, 1, d_head=2), [3], look)
+    layer, look = random_layer(18, 10, 6, 3, d_head=3, bias=True), "biases of shared key heads"
+    check_removal(student, layer, [0, 1, 4], look)
