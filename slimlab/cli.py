@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from slimlab import __version__
-from slimlab.config import InputError
+from slimlab.config import InputError, require
 
 
 class Commands(click.Group):
@@ -182,7 +182,7 @@ def check(
 @click.option("--chapter", help="Only this chapter; default: what each notebook holds.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: FOLDER/scores.")
 @click.option("--seed", type=int, help="Draw every student's numbers from name and this seed.")
-@click.option("--deadline", help="When work was due, like 2027-01-31T23:59.")
+@click.option("--deadline", help="2027-01-31T23:59, or a day, to its end.")
 @click.option("--late-penalty", type=float, help="Part of the points lost per day begun: 0.1.")
 @click.option(
     "--submitted",
@@ -210,21 +210,24 @@ def grade(folder: Path, out: Path | None, submitted: Path | None, jobs: int, **g
     """
     from tqdm import tqdm
 
-    from slimlab.classroom.grade import find_submissions, grade_class, read_times
-    from slimlab.classroom.pages import NOT_A_SANDBOX, write_results
+    from slimlab.classroom.collected import find_submissions, read_times
+    from slimlab.classroom.grade import grade_class, handed_in_twice
+    from slimlab.classroom.pages import NOT_A_SANDBOX, prepare, write_results
 
     out = out or folder / "scores"
     rules = class_rules(folder, given)
     submissions = find_submissions(folder, out, read_times(submitted) if submitted else {})
-    quiet = not sys.stderr.isatty()
-    bar = {"total": len(submissions), "unit": "notebook", "desc": "grading", "disable": quiet}
+    require(jobs >= 1, "at least one job", f"jobs = {jobs}", "give 1 or more")
+    prepare(out)
+    bar = {"total": len(submissions), "unit": "notebook", "desc": "grading", "disable": None}
     results = grade_class(submissions, rules, jobs, lambda items: tqdm(items, **bar))
-    write_results(results, out)
     for graded in results:
-        points = sum(row.points for row in graded.rows)
-        most = sum(row.max for row in graded.rows)
+        points, most = (sum(getattr(row, k) for row in graded.rows) for k in ("points", "max"))
         trouble = "" if graded.reports else f"  {graded.rows[0].message}"
         click.echo(f"{graded.handed.student:<28} {points:6g} of {most}{trouble}")
+    for line in handed_in_twice(results):
+        click.echo(line)
+    write_results(results, out)
     click.echo(f"{len(results)} notebooks: {out / 'scores.csv'}, totals.csv and pages")
     click.echo(NOT_A_SANDBOX)
 
@@ -274,8 +277,9 @@ def title_of(path: Path) -> str:
 
 def class_rules(folder: Path, given: dict):
     """Return the rules of grading: options that were `given`, else classroom.toml in `folder`."""
+    from slimlab.classroom.collected import read_deadline
     from slimlab.classroom.exercise import exercises_of
-    from slimlab.classroom.grade import Rules, read_time
+    from slimlab.classroom.grade import Rules
     from slimlab.classroom.session import read_settings
 
     settings = read_settings(folder / "classroom.toml")
@@ -287,7 +291,7 @@ def class_rules(folder: Path, given: dict):
     return Rules(
         chapter,
         settings.get("seed"),
-        None if deadline is None else read_time(str(deadline)),
+        None if deadline is None else read_deadline(str(deadline)),
         settings.get("late_penalty", 0.0),
     )
 

@@ -6,8 +6,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from slimlab.classroom import grade, handout, pages
-from slimlab.classroom.grade import Graded, Handed, Row, Rules
+from slimlab.classroom import collected, grade, handout, pages
+from slimlab.classroom.collected import Handed
+from slimlab.classroom.grade import Graded, Row, Rules
 from slimlab.classroom.report import Outcome, Report
 from slimlab.classroom.session import read_settings
 from slimlab.config import InputError
@@ -42,7 +43,7 @@ def graded_class(tmp_path_factory):
         write_notebook(folder / "Grace Hopper" / ".ipynb_checkpoints" / "90_sample.ipynb", "y")
         out = folder / "scores"
         out.mkdir()
-        found = grade.find_submissions(folder, out, {})
+        found = collected.find_submissions(folder, out, {})
         seen = []
         progress = lambda items: (seen.append(1) or one for one in items)  # noqa: E731
         results = grade.grade_class(found, Rules(chapter="90"), 2, progress)
@@ -83,7 +84,7 @@ def test_the_tables_hold_a_line_for_everything(graded_class):
     results, files, out = graded_class
     with (out / "scores.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    header = ["student", "chapter", "exercise", "points", "max", "late", "message"]
+    header = ["student", "chapter", "exercise", "points", "max", "late", "message", "file"]
     assert list(rows[0]) == header
     assert len(rows) == sum(len(one.rows) for one in results.values()) == 12
     with (out / "totals.csv").open(encoding="utf-8-sig", newline="") as file:
@@ -134,8 +135,8 @@ def test_numbers_are_drawn_for_the_name_of_the_file(tmp_path):
 )
 def test_days_late_are_counted_when_begun(hours, late):
     deadline = datetime(2027, 1, 31, 23, 59).astimezone()
-    assert grade.days_late(deadline + timedelta(hours=hours), deadline) == late
-    assert grade.days_late(deadline, None) == 0
+    assert collected.days_late(deadline + timedelta(hours=hours), deadline) == late
+    assert collected.days_late(deadline, None) == 0
 
 
 class FullMarks:
@@ -182,11 +183,11 @@ def test_a_failure_of_the_grader_itself_is_one_students_row(tmp_path, monkeypatc
 def test_hand_in_times_come_from_a_table_where_one_is_given(tmp_path):
     times = tmp_path / "times.csv"
     times.write_text("student,submitted\nada lovelace,2027-02-01T10:00\n")
-    found = grade.read_times(times)
+    found = collected.read_times(times)
     write_notebook(tmp_path / "class" / "Ada_Lovelace.ipynb", "x")
     write_notebook(tmp_path / "class" / "Grace.ipynb", "x")
     os.utime(tmp_path / "class" / "Grace.ipynb", (0, 0))
-    handed = grade.find_submissions(tmp_path / "class", tmp_path / "out", found)
+    handed = collected.find_submissions(tmp_path / "class", tmp_path / "out", found)
     assert handed[0].time == datetime(2027, 2, 1, 10).astimezone()
     assert handed[1].time.timestamp() == 0
 
@@ -197,16 +198,79 @@ def test_hand_in_times_come_from_a_table_where_one_is_given(tmp_path):
 def test_a_table_of_times_with_a_gap_is_refused(tmp_path, text):
     (tmp_path / "times.csv").write_text(text)
     with pytest.raises(InputError, match="columns student and submitted"):
-        grade.read_times(tmp_path / "times.csv")
+        collected.read_times(tmp_path / "times.csv")
     with pytest.raises(InputError, match="ISO form"):
-        grade.read_time("tomorrow")
+        collected.read_time("tomorrow")
+
+
+def test_a_table_as_a_spreadsheet_writes_it_is_read(tmp_path):
+    path = tmp_path / "times.csv"
+    path.write_bytes("\ufeffstudent;submitted\r\nJürgen;2027-02-01T10:00\r\n".encode())
+    assert collected.read_times(path) == {"jürgen": datetime(2027, 2, 1, 10).astimezone()}
+    path.write_bytes("student;submitted\r\nJürgen;2027-02-01T10:00\r\n".encode("latin-1"))
+    with pytest.raises(InputError, match="CSV UTF-8"):
+        collected.read_times(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "late"),
+    [
+        ("2027-01-31", 0),
+        ("2027-01-31T23:59", 1),
+        ("2027-01-31T23:59:59", 0),
+        ("2027-01-31T23:59:58", 1),
+    ],
+)
+def test_a_day_as_a_deadline_lasts_until_its_end(text, late):
+    handed = datetime(2027, 1, 31, 23, 59, 59).astimezone()
+    assert collected.days_late(handed, collected.read_deadline(text)) == late
+
+
+def test_a_deadline_with_a_zone_is_that_moment_everywhere():
+    zulu = collected.read_deadline("2027-01-31T12:00Z")
+    assert zulu == collected.read_deadline("2027-01-31T14:00+02:00")
+
+
+def test_what_systems_put_beside_the_work_is_no_submission(tmp_path):
+    for name in (
+        "__MACOSX/._Ada_01.ipynb",
+        "Ada/.ipynb_checkpoints/01-checkpoint.ipynb",
+        "Ada/._01.ipynb",
+        "Ada/sub/01.ipynb",
+        "earlier/01.ipynb",
+        "Grace_01.IPYNB",
+    ):
+        write_notebook(tmp_path / name, "x = 1")
+    (tmp_path / "earlier" / "scores.csv").write_text("")
+    (tmp_path / "Emmy_01.ipynb").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "submissions.zip").write_bytes(b"PK")
+    found = collected.find_submissions(tmp_path, tmp_path / "scores", {})
+    names = [(one.student, one.file.split("/")[-1]) for one in found]
+    assert names == [("Ada", "01.ipynb"), ("Emmy", "Emmy_01.ipynb"), ("Grace", "Grace_01.IPYNB")]
+    with pytest.raises(InputError, match="no file"):
+        grade.read_cells(found[1].path)
+
+
+def test_two_files_of_one_student_are_named_and_never_added_up(tmp_path):
+    paths = [tmp_path / name for name in ("Ada_01.ipynb", "Ada_01_final.ipynb", "Grace_01.ipynb")]
+    handed = [Handed(path.name[:-9], path, datetime.now().astimezone()) for path in paths]
+    results = [
+        Graded(one, (Row(name, "01", "1.1", 3.0, 6, 0, "", one.file),))
+        for one, name in zip(handed, ("Ada", "ada", "Grace"))
+    ]
+    (line,) = grade.handed_in_twice(results)
+    assert line.startswith("ada has handed in chapter 01 2 times")
+    assert "Ada_01.ipynb" in line
+    assert "Ada_01_final.ipynb" in line
+    table = pages.totals([row for one in results for row in one.rows]).splitlines()[1:]
+    assert [row.split(",")[2:4] for row in table] == [["3.0", "6"]] * 3
 
 
 def test_a_folder_without_notebooks_is_refused(tmp_path):
     with pytest.raises(InputError, match="none in"):
-        grade.find_submissions(tmp_path, tmp_path / "scores", {})
+        collected.find_submissions(tmp_path, tmp_path / "scores", {})
     with pytest.raises(InputError, match="check the path"):
-        grade.find_submissions(tmp_path / "absent", tmp_path, {})
+        collected.find_submissions(tmp_path / "absent", tmp_path, {})
 
 
 def rows_of(student, message):
@@ -223,6 +287,21 @@ def test_a_spreadsheet_runs_nothing_that_a_student_wrote(tmp_path):
 def test_students_whose_names_look_alike_get_pages_of_their_own(tmp_path):
     files = pages.write_results([rows_of("Ada-L", "x"), rows_of("Ada L.", "y")], tmp_path)
     assert [path.name for path in files[2:]] == ["ada-l.html", "ada-l-2.html"]
+
+
+def test_the_name_of_a_page_fits_into_any_file_system(tmp_path):
+    files = pages.write_results([rows_of("李" * 80, "x"), rows_of("x" * 249, "y")], tmp_path)
+    assert all(path.is_file() for path in files)
+    assert all(len(path.name.encode()) < 200 for path in files)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_grading(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "scores"):
+        with pytest.raises(InputError, match="choose another with --out"):
+            pages.prepare(out)
+    pages.prepare(tmp_path / "new" / "scores")
+    assert os.listdir(tmp_path / "new" / "scores") == []
 
 
 def test_a_write_that_fails_leaves_the_older_file_whole(tmp_path, monkeypatch):

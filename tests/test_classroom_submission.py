@@ -178,7 +178,8 @@ def test_a_percent_script_gives_its_code_cells(tmp_path):
     [
         (b"", "format 4"),
         (b'{"cells": [', "format 4"),
-        (b'{"worksheets": []}', "format 4"),
+        (b'{"worksheets": []}', "older format"),
+        (b'{"cells": [\n<<<<<<< HEAD\n1\n=======\n2\n>>>>>>> other\n]}', "unfinished merge"),
         (b'{"cells": 3}', "format 4"),
         (b'{"cells": [3]}', "format 4"),
         (b'{"cells": [{"cell_type": "code", "source": 3}]}', "format 4"),
@@ -198,11 +199,21 @@ def test_what_is_no_notebook_is_refused_with_its_name(tmp_path, content, words):
 def test_a_huge_file_and_a_missing_one_are_refused(tmp_path):
     path = tmp_path / "huge.ipynb"
     with path.open("wb") as file:
-        file.truncate(30_000_000)
-    with pytest.raises(InputError, match=r"huge\.ipynb, 30 MB"):
+        file.truncate(130_000_000)
+    with pytest.raises(InputError, match=r"huge\.ipynb, 130 MB"):
         read_cells(path)
     with pytest.raises(InputError, match="no file"):
         read_cells(tmp_path / "absent.ipynb")
+
+
+def test_metadata_that_an_editor_emptied_is_no_obstacle(tmp_path):
+    cells = [
+        {"cell_type": "code", "source": "# exercise 1.1\nx = 1", "metadata": metadata}
+        for metadata in (None, {"nbgrader": None}, {"colab": {}, "id": "a"})
+    ]
+    path = tmp_path / "my.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    assert len(collect(read_cells(path), "1.1").cells) == 3
 
 
 def test_a_byte_order_mark_is_no_obstacle(tmp_path):

@@ -7,8 +7,6 @@ shows it. Production systems (nbgrader) keep a database, and feedback by hand; t
 The limits are not a sandbox: grade work that you do not trust in a container.
 """
 
-import csv
-import math
 import queue
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from slimlab.classroom.collected import Handed, days_late
 from slimlab.classroom.exercise import chapter_of, load_exercises, plain_name
 from slimlab.classroom.process import Keeper
 from slimlab.classroom.report import Report
@@ -45,22 +44,8 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Handed:
-    """One submission.
-
-    student  the name, from the file's or the folder's name
-    path     the notebook, or None if the folder holds none
-    time     when it was handed in
-    """
-
-    student: str
-    path: Path | None
-    time: datetime
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of scores.csv; `late` counts days begun after the deadline."""
+    """One line of scores.csv; `late` counts days begun after the deadline, `file` is the work."""
 
     student: str
     chapter: str
@@ -69,6 +54,7 @@ class Row:
     max: int
     late: int
     message: str
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,74 +64,6 @@ class Graded:
     handed: Handed
     rows: tuple[Row, ...]
     reports: tuple[Report, ...] = ()
-
-
-def find_submissions(folder: Path, out: Path, times: dict[str, datetime]) -> list[Handed]:
-    """Return the submissions in `folder`: its notebooks, and those of one folder per student.
-
-    folder  what was collected
-    out     left out, where it lies inside `folder`
-    times   hand-in times by plain name; others are the files' times of change
-
-    Raises InputError if there is none.
-    """
-    require(folder.is_dir(), "a folder of submissions", f"{folder}", "check the path")
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.resolve() == out.resolve():
-            continue
-        if entry.is_dir():
-            inside = sorted(entry.rglob("*.ipynb"))
-            inside = [path for path in inside if ".ipynb_checkpoints" not in path.parts]
-            found += [(entry.name, path) for path in inside or [None]]
-        elif entry.suffix == ".ipynb":
-            found.append((re.sub(r"[_\- ]+\d{2}([_\- ].*)?$", "", entry.stem), entry))
-    require(
-        len(found) > 0, "notebooks (.ipynb) or a folder per student", f"none in {folder}",
-        "collect the notebooks there first",
-    )  # fmt: skip
-    handed = []
-    for name, path in found:
-        student = re.sub(r"[_\s]+", " ", name).strip()
-        changed = datetime.fromtimestamp((path or folder).stat().st_mtime).astimezone()
-        handed.append(Handed(student, path, times.get(plain_name(student), changed)))
-    return handed
-
-
-def read_times(path: Path) -> dict[str, datetime]:
-    """Return hand-in times by plain name from a CSV file with columns student and submitted.
-
-    path  the file; times in ISO form, without a zone they are local
-
-    Raises InputError for a missing column or a time that cannot be read.
-    """
-    require(path.is_file(), "a CSV file of hand-in times", f"{path}", "check the path")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    times = {}
-    for number, row in enumerate(rows, start=2):
-        if not row.get("student") or not row.get("submitted"):
-            given = f"line {number} of {path.name}: {dict(row)}"
-            raise InputError("columns student and submitted", given, "fill in both")
-        times[plain_name(row["student"])] = read_time(row["submitted"])
-    return times
-
-
-def read_time(text: str) -> datetime:
-    """Return the time that `text` says in ISO form, local if it names no zone."""
-    try:
-        return datetime.fromisoformat(text.strip()).astimezone()
-    except ValueError:
-        raise InputError(
-            "a time in ISO form", repr(text), "write it like 2027-01-31T23:59"
-        ) from None
-
-
-def days_late(time: datetime, deadline: datetime | None) -> int:
-    """Return how many days had begun between `deadline` and `time`; 0 if it was in time."""
-    if deadline is None:
-        return 0
-    return max(0, math.ceil((time - deadline).total_seconds() / 86_400))
 
 
 def grade_class(
@@ -215,15 +133,32 @@ def grade_submission(handed: Handed, rules: Rules, keeper: Keeper) -> Graded:
             message = " / ".join([*remark, *why] if exercise.instance else why)
             points = round(report.score * factor, 2)
             place = (handed.student, exercise.chapter, number)
-            rows.append(Row(*place, points, report.max_score, late, message))
+            rows.append(Row(*place, points, report.max_score, late, message, handed.file))
         return Graded(handed, tuple(rows), tuple(reports))
     except InputError as error:
         message = f"{error.given}; {error.change}"
     except Exception as error:
         # One submission that the grader cannot handle must not cost the others their grades.
         message = f"the grader failed: {type(error).__name__}: {error}"
-    most = max_points(rules.chapter)
-    return Graded(handed, (Row(handed.student, rules.chapter or "", "", 0, most, late, message),))
+    place, most = (handed.student, rules.chapter or "", ""), max_points(rules.chapter)
+    return Graded(handed, (Row(*place, 0, most, late, message, handed.file),))
+
+
+def handed_in_twice(results: list[Graded]) -> list[str]:
+    """Return a line for each student and chapter with more than one file among `results`.
+
+    results  what grade_class returned
+    """
+    files: dict[tuple[str, str], list[str]] = {}
+    for row in [row for graded in results for row in graded.rows if row.chapter]:
+        known = files.setdefault((plain_name(row.student), row.chapter), [])
+        known += [row.file] if row.file not in known else []
+    return [
+        f"{name} has handed in chapter {chapter} {len(known)} times, or there are two of that "
+        f"name: {', '.join(known)}"
+        for (name, chapter), known in files.items()
+        if len(known) > 1
+    ]
 
 
 def chapters_in(cells: list[Cell], path: Path, chapter: str | None) -> list[str]:

@@ -9,12 +9,14 @@ import csv
 import io
 import os
 import re
+import tempfile
 from dataclasses import astuple, fields
 from html import escape
 from pathlib import Path
 
 from slimlab.classroom.exercise import plain_name
 from slimlab.classroom.grade import Graded, Row
+from slimlab.config import InputError
 
 NOT_A_SANDBOX = "Checked in processes with limits of time, memory and output. Not a sandbox."
 PAGE = """<!doctype html>
@@ -42,6 +44,20 @@ def write_results(results: list[Graded], out: Path) -> list[Path]:
     return [out / name for name in texts]
 
 
+def prepare(out: Path) -> None:
+    """Make the folder `out`; raise InputError if nothing can be written there.
+
+    out  where results will go; better known before a class is graded than after
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        given = f"{out}: {error.strerror or error}"
+        raise InputError("a folder for the results", given, "choose another with --out") from None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to a temporary name beside `path`, then put it in place at once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -58,15 +74,15 @@ def scores(rows: list[Row]) -> str:
 
 
 def totals(rows: list[Row]) -> str:
-    """Return totals.csv: one line per student and chapter of `rows`."""
-    sums: dict[tuple[str, str], list] = {}
+    """Return totals.csv: one line per student, chapter and file of `rows`."""
+    sums: dict[tuple[str, str, str], list] = {}
     for row in rows:
-        entry = sums.setdefault((row.student, row.chapter), [0.0, 0, 0])
+        entry = sums.setdefault((row.student, row.chapter, row.file), [0.0, 0, 0])
         entry[0], entry[1] = round(entry[0] + row.points, 2), entry[1] + row.max
         entry[2] = max(entry[2], row.late)
     return _csv(
-        ["student", "chapter", "points", "max", "late"],
-        [(*key, *entry) for key, entry in sums.items()],
+        ["student", "chapter", "points", "max", "late", "file"],
+        [(*key[:2], *entry, key[2]) for key, entry in sums.items()],
     )
 
 
@@ -99,6 +115,8 @@ def page(student: str, own: list[Graded]) -> str:
 def page_name(student: str, taken: dict[str, str]) -> str:
     """Return a file name for `student` without ending that is not among the `taken` names."""
     name = re.sub(r"\W+", "-", plain_name(student)) or "student"
+    # a file system takes 255 bytes, and the temporary name is longer
+    name = name.encode("utf-8", errors="replace")[:150].decode(errors="ignore")
     number, unique = 1, name
     while f"{unique}.html" in taken:
         number += 1

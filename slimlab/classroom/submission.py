@@ -15,7 +15,7 @@ from pathlib import Path
 from slimlab.classroom.report import Problem
 from slimlab.config import InputError, require
 
-MAX_FILE_BYTES = 20_000_000
+MAX_FILE_BYTES = 100_000_000
 MARK = re.compile(r"#+\s*exercise\s*(\d{1,2}\.\d{1,2})\s*(?:[^\w\s].*)?$", re.IGNORECASE)
 GRADE_ID = re.compile(r"ex-(\d{1,2})-(\d{1,2})(?:-.*)?$")
 
@@ -191,15 +191,23 @@ def student_named(cells: Iterable[Cell]) -> str | None:
 
 def _notebook_cells(text: str, name: str) -> list[Cell]:
     change = "save it again from Jupyter, or take a fresh copy"
+    if re.search(r"^<{7} .*^>{7} ", text, re.MULTILINE | re.DOTALL):
+        raise InputError(
+            "a Jupyter notebook of format 4",
+            f"{name}, with the marks of an unfinished merge (<<<<<<<)",
+            "choose one of the two versions: git checkout --ours or --theirs",
+        )
     try:
         found = json.loads(text)["cells"]
         code = [cell.get("cell_type") == "code" for cell in found]
         sources = [cell.get("source", "") for cell in found]
-        metadata = [cell.get("metadata", {}).get("nbgrader", {}) for cell in found]
+        metadata = [(cell.get("metadata") or {}).get("nbgrader") or {} for cell in found]
         joined = ["".join(source) for source in sources]
         ids = [str(one.get("grade_id", "")) for one in metadata]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         given = f"{name}: {type(error).__name__}: {str(error)[:100]}"
+        if '"worksheets"' in text:
+            given = f"{name}, of an older format"
         raise InputError("a Jupyter notebook of format 4", given, change) from None
     return [Cell(f"cell {k + 1}", joined[k], ids[k]) for k in range(len(found)) if code[k]]
 
@@ -217,7 +225,8 @@ def _script_cells(text: str) -> list[Cell]:
 def _syntax_problem(cell: Cell, error: SyntaxError) -> Problem:
     text = (error.text or "").strip()
     saw = f"{cell.label} cannot be read as Python: {error.msg}"
-    look = f"line {error.lineno} of {cell.label}" + (f": {text}" if text else "")
+    line = f"line {error.lineno} of " if error.lineno else "characters that are no text in "
+    look = line + cell.label + (f": {text}" if text else "")
     return Problem(saw, "a cell without a syntax error", look)
 
 
