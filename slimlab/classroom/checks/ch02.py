@@ -209,6 +209,7 @@ def _(student, numbers):
         x = torch.randn(2, 5, 12, dtype=torch.float64)
         with torch.no_grad():
             parts, rest = student.head_contributions(layer, x.clone(), None)
-            expect_close(parts.sum(1) + rest, layer(x), "the sum of all heads and the rest", look)
+            total, what = parts.sum(1) + rest, "the sum of all heads and the rest"
+            expect_close(total, layer(x), what, "the biases", atol=1e-9, reason="rounding")
         saw = tuple(rest.shape) if isinstance(rest, Tensor) else f"a {type(rest).__name__}"
         expect_equal(saw, (12,), f"the shape of rest with bias = {bias}", look)
