@@ -24,7 +24,7 @@ from slimlab.plan.memory import kv_cache_bytes
 __all__ = ["budget", "contributions", "healthy", "pooling", "removal"]
 
 GIB = 2**30
-OTHER = " and a model with 3 layers, 5 key heads and 1 byte per number"
+OTHER = " and a model with 3 layers, 1 key head and 1 byte per number"
 
 
 def draw_budget(rng) -> dict:
@@ -107,7 +107,7 @@ def _(student, numbers):
 @budget.property("the longest context fits, and one token more does not", points=2)
 def _(student, numbers):
     sizes = {name: value for name, value in numbers.items() if name != "seq_len"}
-    other = sizes | {"bytes_per_element": 1, "num_layers": 3, "num_kv_heads": 5}
+    other = sizes | {"bytes_per_element": 1, "num_layers": 3, "num_kv_heads": 1}
     for batch_size, given in ((1, sizes), (3, sizes), (32, sizes), (3, other)):
         tokens = student.longest_context(batch_size=batch_size, **given)
         expect_equal(type(tokens).__name__, "int", "the type of longest_context", "the division")

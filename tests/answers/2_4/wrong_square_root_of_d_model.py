@@ -33,8 +33,8 @@ class Mended(SharedKeys):
         key = self.k_proj(x).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
         value = self.v_proj(x).view(B, T, self.num_kv_heads, self.d_head).transpose(1, 2)
         copies = self.num_heads // self.num_kv_heads
-        key, value = key.repeat_interleave(copies, dim=1), value.repeat(1, copies, 1, 1)
-        scores = query @ key.transpose(-2, -1) / math.sqrt(self.d_head)
+        key, value = (heads.repeat_interleave(copies, dim=1) for heads in (key, value))
+        scores = query @ key.transpose(-2, -1) / math.sqrt(D)
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
         heads = weights @ value
