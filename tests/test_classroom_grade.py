@@ -231,6 +231,27 @@ def test_a_deadline_with_a_zone_is_that_moment_everywhere():
     assert zulu == collected.read_deadline("2027-01-31T14:00+02:00")
 
 
+@pytest.mark.parametrize(
+    ("name", "student"),
+    [
+        ("Ada_Lovelace_90", "Ada Lovelace"),
+        ("Ada Lovelace-90-sample (2)", "Ada Lovelace"),
+        ("student_17_90", "student 17"),
+        ("student_17_90_31", "student 17"),
+        ("Ada_77", "Ada"),
+        ("Ada_1990", "Ada 1990"),
+        ("S90", "S90"),
+    ],
+)
+def test_the_name_in_a_files_name_ends_before_the_chapters_number(
+    tmp_path, monkeypatch, name, student
+):
+    monkeypatch.setenv("SLIMLAB_CHECKS", str(SAMPLE))
+    write_notebook(tmp_path / f"{name}.ipynb", "x = 1")
+    (handed,) = collected.find_submissions(tmp_path, tmp_path / "scores", {})
+    assert handed.student == student
+
+
 def test_what_systems_put_beside_the_work_is_no_submission(tmp_path):
     for name in (
         "__MACOSX/._Ada_01.ipynb",

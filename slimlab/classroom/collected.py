@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from slimlab.classroom.exercise import plain_name
+from slimlab.classroom.exercise import load_exercises, plain_name
 from slimlab.config import InputError, require
 
 
@@ -56,7 +56,7 @@ def find_submissions(folder: Path, out: Path, times: dict[str, datetime]) -> lis
             inside = [path for path in inside if _is_handed_in(path, folder)]
             found += [(entry.name, path) for path in inside or [None]]
         elif _is_notebook(entry):
-            found.append((re.sub(r"[_\- ]+\d{2}([_\- ].*)?$", "", entry.stem), entry))
+            found.append((_name_in(entry.stem), entry))
     require(
         len(found) > 0, "notebooks (.ipynb) or a folder per student", f"none in {folder}",
         "collect the notebooks there first",
@@ -68,6 +68,14 @@ def find_submissions(folder: Path, out: Path, times: dict[str, datetime]) -> lis
         changed = datetime.fromtimestamp(there.stat().st_mtime).astimezone()
         handed.append(Handed(student, path, times.get(plain_name(student), changed)))
     return handed
+
+
+def _name_in(stem: str) -> str:
+    """Return the student in the name of a file: what stands before the chapter's number."""
+    numbers = list(re.finditer(r"[_\- ]+(\d{2})(?=[_\- ]|$)", stem))
+    # in student_17_01 the last number is the chapter's; a day at the end is no chapter
+    chapters = [one for one in numbers if load_exercises(one[1])]
+    return stem[: (chapters or numbers)[-1].start()] if numbers else stem
 
 
 def _is_notebook(path: Path) -> bool:

@@ -135,6 +135,7 @@ class Watched:
                 yield from self.take_results()
                 problem = ENDED if gone else self.over_limit()
                 if self.stage == "over":
+                    self.read(self.output_in)  # it may have come since the select
                     return
                 if problem is not None:
                     yield self.stopped(problem)
