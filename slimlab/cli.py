@@ -22,6 +22,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context):
         """Run the command in `ctx`; exit with 2 for an InputError, 1 for any other error."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a pipe may know no stars and ticks
+                stream.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
@@ -35,7 +38,9 @@ class Commands(click.Group):
             text = str(error) if asked else f"{type(error).__name__}: {error}"
             click.echo(f"slimlab: {text}", err=True)
             if not asked and not ctx.params.get("debug"):
-                click.echo("(slimlab --debug ... shows where)", err=True)
+                doctor = "; slimlab doctor says what is missing"
+                more = doctor if isinstance(error, ImportError) else ""
+                click.echo(f"(slimlab --debug ... shows where{more})", err=True)
             ctx.exit(2 if asked else 1)
 
 
@@ -146,7 +151,7 @@ def check(
       slimlab check 01 my.ipynb --exercise 1.2 --hint 1
     \f
 
-    chapter   number or name
+    chapter   number or name, or the number of one exercise
     notebook  an .ipynb or a .py in percent format
     only      one exercise, "1.2"
     hint      which hint to show
@@ -159,6 +164,7 @@ def check(
     from slimlab.classroom.submission import collect, read_cells, student_named
 
     exercises = exercises_of(chapter)
+    only = only or (chapter if re.fullmatch(r"\d+\.\d+", chapter) else None)
     if only is not None:
         if only not in exercises:
             there = ", ".join(exercises)
@@ -211,7 +217,7 @@ def grade(folder: Path, out: Path | None, submitted: Path | None, jobs: int, **g
     from tqdm import tqdm
 
     from slimlab.classroom.collected import find_submissions, read_times
-    from slimlab.classroom.grade import grade_class, handed_in_twice
+    from slimlab.classroom.grade import class_rules, grade_class, handed_in_twice
     from slimlab.classroom.pages import NOT_A_SANDBOX, prepare, write_results
 
     out = out or folder / "scores"
@@ -273,27 +279,6 @@ def title_of(path: Path) -> str:
         return "(not a notebook)"
     found = re.search(r"^#\s+(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else ""
-
-
-def class_rules(folder: Path, given: dict):
-    """Return the rules of grading: options that were `given`, else classroom.toml in `folder`."""
-    from slimlab.classroom.collected import read_deadline
-    from slimlab.classroom.exercise import exercises_of
-    from slimlab.classroom.grade import Rules
-    from slimlab.classroom.session import read_settings
-
-    settings = read_settings(folder / "classroom.toml")
-    settings |= {key: value for key, value in given.items() if value is not None}
-    chapter = settings.get("chapter")
-    if chapter is not None:
-        chapter = next(iter(exercises_of(chapter).values())).chapter
-    deadline = settings.get("deadline")
-    return Rules(
-        chapter,
-        settings.get("seed"),
-        None if deadline is None else read_deadline(str(deadline)),
-        settings.get("late_penalty", 0.0),
-    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def examine() -> list[Finding]:
         look_at_cores,
         look_at_memory,
         look_at_disk,
+        look_at_folders,
         look_at_network,
         look_at_fonts,
         look_at_kernel,
@@ -113,7 +115,7 @@ def look_at_packages() -> Finding:
         mend = 'python -m pip install --editable ".[book,test]"'
         return Finding("packages", "note", "slimlab itself is not installed", mend)
     names = [re.match(r"[\w.-]+", line)[0] for line in asked if "extra ==" not in line]
-    absent = [name for name in names if not _installed(name)]
+    absent = [name for name in names if not [*metadata.distributions(name=name)]]
     if absent:
         mend = f"python -m pip install {' '.join(absent)}"
         return Finding("packages", "missing", f"not installed: {', '.join(absent)}", mend)
@@ -153,9 +155,8 @@ def look_at_mpi() -> list[Finding]:
     if ours and theirs and ours != theirs:
         detail = f"{launcher} is {theirs}, mpi4py loads {ours}: every rank would be rank 0 of 1"
         return [*findings, Finding("mpirun", "note", detail, install)]
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    hint = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-    mend = hint if theirs == "Open MPI" and root else ""
+    root = theirs == "Open MPI" and getattr(os, "geteuid", lambda: 1)() == 0
+    mend = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" if root else ""
     return [*findings, Finding("mpirun", "note" if mend else "ok", f"{launcher} ({theirs})", mend)]
 
 
@@ -187,26 +188,37 @@ def look_at_memory() -> Finding:
     """Look at the memory that is free for programs."""
     found = psutil.virtual_memory()
     text = f"{found.available / GIB:.1f} GiB free of {found.total / GIB:.1f}"
-    low = found.available < 2 * GIB
-    return Finding("memory", "note" if low else "ok", text, "close other programs" if low else "")
+    mend = "close other programs" if found.available < 2 * GIB else ""
+    return Finding("memory", "note" if mend else "ok", text, mend)
 
 
 def look_at_disk() -> Finding:
     """Look at the free space where the book lies."""
     free_bytes = shutil.disk_usage(Path.cwd()).free
-    text = f"{free_bytes / GIB:.1f} GiB free here"
-    mend = "make clean, or move the book to another disk"
-    low = free_bytes < GIB
-    return Finding("disk", "note" if low else "ok", text, mend if low else "")
+    mend = "make clean, or move the book to another disk" if free_bytes < GIB else ""
+    return Finding("disk", "note" if mend else "ok", f"{free_bytes / GIB:.1f} GiB free here", mend)
+
+
+def look_at_folders() -> list[Finding]:
+    """Look whether the home and the temporary folder can be written; say nothing if they can."""
+    home, other = 'export HOME="$(mktemp -d)"', 'mkdir -p tmp && export TMPDIR="$PWD/tmp"'
+    findings = []
+    for folder, mend in ((Path.home(), home), (os.environ.get("TMPDIR", "/tmp"), other)):
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder) as file:
+                file.write(bytes(2**16))
+        except OSError as error:
+            text = f"{folder} cannot be written: {error.strerror or error}"
+            findings.append(Finding("folder", "missing", text, mend))
+    return findings
 
 
 def look_at_network() -> Finding:
     """Look whether this host knows its own name and can open a port, as gloo needs."""
-    host = socket.gethostname()
     try:
         with socket.socket() as port:
             port.bind(("127.0.0.1", 0))
-        socket.getaddrinfo(host, None)
+        socket.getaddrinfo(socket.gethostname(), None)
     except OSError as error:
         mend = "export GLOO_SOCKET_IFNAME=lo   (lo0 on macOS)"
         return Finding("network", "note", f"this host's name does not resolve: {error}", mend)
@@ -223,9 +235,8 @@ def look_at_fonts() -> Finding:
     if chinese:
         return Finding("fonts", "ok", f"{len(fonts)}, Chinese: {chinese[0]}")
     mend = "sudo apt-get install fonts-noto-cjk   (or any font with Chinese)"
-    return Finding(
-        "fonts", "note", f"{len(fonts)}, none with Chinese: figures do not need it", mend
-    )
+    text = f"{len(fonts)}, none with Chinese: figures do not need it"
+    return Finding("fonts", "note", text, mend)
 
 
 def look_at_kernel() -> Finding:
@@ -233,6 +244,8 @@ def look_at_kernel() -> Finding:
     program = [sys.executable, "-m", "jupyter", "kernelspec", "list", "--json"]
     install = "python -m ipykernel install --sys-prefix"
     answer, trouble = _ask(program)
+    if re.match(r"(FileNotFound|Permission|OS)Error", trouble):
+        return Finding("jupyter", "missing", trouble, 'export HOME="$(mktemp -d)"')
     if trouble:
         return Finding("jupyter", "missing", trouble, "python -m pip install jupyterlab ipykernel")
     try:
@@ -256,8 +269,8 @@ def look_at_chapters() -> Finding:
         root = find_root()
     except InputError as error:
         return Finding("chapters", "note", "none found from here", error.change)
-    count = len(list((root / "chapters").glob("*.ipynb")))
-    return Finding("chapters", "ok", f"{count} in {root / 'chapters'}")
+    folder = root / "chapters"
+    return Finding("chapters", "ok", f"{len(list(folder.glob('*.ipynb')))} in {folder}")
 
 
 def _careful(look: Callable) -> Finding | list[Finding]:
@@ -269,31 +282,16 @@ def _careful(look: Callable) -> Finding | list[Finding]:
         return Finding(name, "note", f"could not be looked at: {type(error).__name__}: {error}")
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _ask(command: list[str]) -> tuple[str, str]:
     """Return what `command` prints, and what went wrong or nothing."""
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=ASK_DEADLINE_S,
-            stdin=subprocess.DEVNULL,
-        )
+        quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(command, timeout=ASK_DEADLINE_S, **quiet)
     except subprocess.TimeoutExpired:
         return "", f"no answer within {ASK_DEADLINE_S:.0f} s"
     except OSError as error:
         return "", str(error)
     if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [
-            f"exit code {done.returncode}"
-        ]
-        return "", lines[-1][:160]
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        return "", lines[-1][:160] if lines else f"exit code {done.returncode}"
     return done.stdout.strip(), ""

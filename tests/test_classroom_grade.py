@@ -373,6 +373,24 @@ def test_a_handout_never_overwrites_work(book, tmp_path):
     assert mine.read_bytes() == before
 
 
+def test_a_handout_that_was_interrupted_goes_on(book, tmp_path, monkeypatch):
+    real, calls = handout.shutil.copyfile, []
+
+    def copy_twice(source, target):
+        calls.append(target)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(source, target)
+
+    monkeypatch.setattr(handout.shutil, "copyfile", copy_twice)
+    with pytest.raises(KeyboardInterrupt):
+        handout.make_handout(book, tmp_path / "class", ("01",), 5)
+    monkeypatch.setattr(handout.shutil, "copyfile", real)
+    made = handout.make_handout(book, tmp_path / "class")
+    assert made.solutions == ("01",)
+    assert not [name for name in files_in(tmp_path / "class") if name.endswith(".part")]
+
+
 def test_a_handout_goes_into_no_other_folder_and_knows_its_chapters(book, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")

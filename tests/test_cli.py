@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,34 @@ def test_an_unexpected_error_is_one_line_and_names_the_way_to_see_more(run, book
     ]
 
 
+def test_a_package_that_cannot_be_imported_leads_to_the_doctor(run, book, monkeypatch):
+    def fail(*_):
+        raise ImportError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(runner, "find_root", fail)
+    assert "slimlab doctor says what is missing" in run("list").stderr
+
+
+def test_the_number_of_an_exercise_checks_that_one_alone(run, tmp_path):
+    path = write_notebook(tmp_path / "my.ipynb", "import torch", GOOD_BAND)
+    result = run("check", "90.1", path)
+    assert result.exit_code == 0
+    assert "4 of 4 points" in result.output
+    assert "90.2" not in result.output
+
+
+@pytest.mark.parametrize("out", ["scores", "scores/deeper"])
+def test_a_place_where_nothing_can_be_written_is_told_at_once(run, book, out):
+    write_notebook(book / "class" / "Ada.ipynb", GOOD_BAND)
+    (book / "scores").write_text("a file")
+    result = run("grade", "class", "--out", out)
+    assert result.exit_code == 2
+    assert "choose another with --out" in result.stderr
+    result = run("handout", book / "scores" / "new")
+    assert result.exit_code == 2
+    assert "a folder for the handout" in result.stderr
+
+
 def test_a_class_is_graded_by_its_own_rules(run, book):
     folder = book / "class"
     folder.mkdir()
@@ -198,6 +227,19 @@ def test_the_command_runs_as_a_program_of_its_own(tmp_path):
         "slimlab: asked for: a notebook (.ipynb) or script (.py)\n"
         "given: absent.ipynb, no file\nchange: check the path\n"
     )
+
+
+def test_a_pipe_that_knows_no_stars_gets_question_marks(book):
+    done = subprocess.run(
+        [sys.executable, "-m", "slimlab.cli", "list"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+        | {"SLIMLAB_CHECKS": str(SAMPLE)},
+        cwd=book,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"90.1" in done.stdout
+    assert b"?" in done.stdout
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path):

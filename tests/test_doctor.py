@@ -1,6 +1,7 @@
 """The doctor: what it finds, what it says when things are missing, and that it always answers."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -150,6 +151,29 @@ def test_too_many_threads_and_too_little_memory_or_disk_are_noted(monkeypatch):
     disk = namedtuple("disk", "free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: disk(2**28))
     assert doctor.look_at_disk().mend.startswith("make clean")
+
+
+def test_folders_that_cannot_be_written_are_missing_and_the_line_mends_it(monkeypatch, tmp_path):
+    assert doctor.look_at_folders() == []
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    home, temporary = doctor.look_at_folders()
+    assert (home.state, temporary.state) == ("missing", "missing")
+    assert "/proc cannot be written" in home.detail
+    for finding, name in ((home, "HOME"), (temporary, "TMPDIR")):
+        line = f"{finding.mend} && touch ${name}/x && echo ${name}"
+        environment = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        monkeypatch.setenv(name, done.stdout.strip())
+    assert doctor.look_at_folders() == []
+
+
+def test_a_home_that_jupyter_cannot_use_is_no_reason_to_install_it(monkeypatch):
+    said = "PermissionError: [Errno 13] Permission denied: '/.local'"
+    monkeypatch.setattr(doctor, "_ask", lambda command: ("", said))
+    assert doctor.look_at_kernel().mend.startswith("export HOME=")
 
 
 def test_a_host_that_does_not_know_its_name_is_noted(monkeypatch):

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from slimlab.classroom.collected import Handed, days_late
-from slimlab.classroom.exercise import chapter_of, load_exercises, plain_name
+from slimlab.classroom.collected import Handed, days_late, read_deadline
+from slimlab.classroom.exercise import chapter_of, exercises_of, load_exercises, plain_name
 from slimlab.classroom.process import Keeper
 from slimlab.classroom.report import Report
+from slimlab.classroom.session import read_settings
 from slimlab.classroom.submission import Cell, collect, mark_of, read_cells, student_named
 from slimlab.config import InputError, require
 
@@ -64,6 +65,25 @@ class Graded:
     handed: Handed
     rows: tuple[Row, ...]
     reports: tuple[Report, ...] = ()
+
+
+def class_rules(folder: Path, given: dict) -> Rules:
+    """Return the rules of grading.
+
+    folder  may hold a classroom.toml
+    given   chapter, seed, deadline and late_penalty, None where they were not given
+    """
+    settings = read_settings(folder / "classroom.toml")
+    settings |= {key: value for key, value in given.items() if value is not None}
+    chapter, deadline = settings.get("chapter"), settings.get("deadline")
+    if chapter is not None:
+        chapter = next(iter(exercises_of(chapter).values())).chapter
+    return Rules(
+        chapter,
+        settings.get("seed"),
+        None if deadline is None else read_deadline(str(deadline)),
+        settings.get("late_penalty", 0.0),
+    )
 
 
 def grade_class(

@@ -63,6 +63,13 @@ def make_handout(
     settings |= {"solutions": list(wanted)} | ({} if seed is None else {"seed": seed})
     switched_on = _find_solutions(root, wanted)
     copies, kept = _copies(root, folder, switched_on)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # first of all: by this file a handout that was interrupted is known as one
+        write_whole(settings_file, _as_toml(settings))
+    except OSError as error:
+        given = f"{folder}: {error.strerror or error}"
+        raise InputError("a folder for the handout", given, "choose another") from None
     for source, target in copies:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.part")
@@ -73,7 +80,6 @@ def make_handout(
         if path.name not in names:
             path.unlink()
     write_whole(folder / "README.txt", README)
-    write_whole(settings_file, _as_toml(settings))
     return Copied(folder, len(copies), wanted, tuple(kept))
 
 
