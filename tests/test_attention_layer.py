@@ -177,3 +177,13 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message):
 def test_input_of_another_width_is_refused(x, context, message):
     with pytest.raises(InputError, match=message):
         MultiHeadAttention(D, H)(x, context)
+
+
+def test_input_of_another_dtype_is_refused_except_under_autocast():
+    layer, x = MultiHeadAttention(D, H), torch.zeros(B, T, D)
+    with pytest.raises(InputError, match=r"x\.to\(torch\.float32\)"):
+        layer(x.double())
+    with pytest.raises(InputError, match="context of dtype torch.bfloat16"):
+        layer(x, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16

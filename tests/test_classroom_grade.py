@@ -325,16 +325,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_grading(tmp_path):
     assert os.listdir(tmp_path / "new" / "scores") == []
 
 
-def test_a_write_that_fails_leaves_the_older_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "scores.csv"
-    path.write_text("before")
-    monkeypatch.setattr(pages.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        pages.write_whole(path, "after")
-    assert path.read_text() == "before"
-    assert os.listdir(tmp_path) == ["scores.csv"]
-
-
 @pytest.fixture
 def book(tmp_path):
     for folder in ("chapters", "exercises", "solutions"):

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from slimlab.classroom.exercise import Exercise, find_exercise, load_exercises  # noqa: E402
-from slimlab.classroom.pages import write_whole  # noqa: E402
 from slimlab.classroom.process import Keeper  # noqa: E402
 from slimlab.classroom.report import Report  # noqa: E402
 from slimlab.classroom.submission import Cell, collect  # noqa: E402
+from slimlab.text.files import write_atomically  # noqa: E402
 
 ANSWERS = ROOT / "tests" / "answers"
 
@@ -80,7 +80,7 @@ def main(numbers: list[str]) -> int:
             report = answer.check(keeper)
             found += complaints(answer, report)
             if not answer.is_right:
-                write_whole(answer.message_path, report.first_message() + "\n")
+                write_atomically(answer.message_path, f"{report.first_message()}\n".encode())
                 print(f"{answer.exercise.number} {answer.path.name}: {report!r}")
                 print("    " + report.first_message().replace("\n", "\n    "))
     print("\n".join(found))

@@ -9,9 +9,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from slimlab.classroom.pages import write_whole
 from slimlab.classroom.session import read_settings
 from slimlab.config import InputError, require
+from slimlab.text.files import write_atomically
 
 README = """This is a student's copy of slimlab.
 
@@ -66,7 +66,7 @@ def make_handout(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # first of all: by this file a handout that was interrupted is known as one
-        write_whole(settings_file, _as_toml(settings))
+        write_atomically(settings_file, _as_toml(settings).encode())
     except OSError as error:
         given = f"{folder}: {error.strerror or error}"
         raise InputError("a folder for the handout", given, "choose another") from None
@@ -79,7 +79,7 @@ def make_handout(
     for path in (folder / "solutions").glob("*.ipynb"):
         if path.name not in names:
             path.unlink()
-    write_whole(folder / "README.txt", README)
+    write_atomically(folder / "README.txt", README.encode())
     return Copied(folder, len(copies), wanted, tuple(kept))
 
 

@@ -7,7 +7,6 @@ shows them. Production systems write into a gradebook instead.
 
 import csv
 import io
-import os
 import re
 import tempfile
 from dataclasses import astuple, fields
@@ -17,6 +16,7 @@ from pathlib import Path
 from slimlab.classroom.exercise import plain_name
 from slimlab.classroom.grade import Graded, Row
 from slimlab.config import InputError
+from slimlab.text.files import write_atomically
 
 NOT_A_SANDBOX = "Checked in processes with limits of time, memory and output. Not a sandbox."
 PAGE = """<!doctype html>
@@ -40,7 +40,7 @@ def write_results(results: list[Graded], out: Path) -> list[Path]:
         texts[f"{page_name(student, texts)}.html"] = page(student, own)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_whole(out / name, text)
+        write_atomically(out / name, text.encode())
     return [out / name for name in texts]
 
 
@@ -56,16 +56,6 @@ def prepare(out: Path) -> None:
     except OSError as error:
         given = f"{out}: {error.strerror or error}"
         raise InputError("a folder for the results", given, "choose another with --out") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to a temporary name beside `path`, then put it in place at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def scores(rows: list[Row]) -> str:

@@ -178,11 +178,11 @@ class MultiHeadAttention(nn.Module):
         return_weights  also return the weights, computed by the explicit formula
         returns         (B, T, D), or that and the weights (B, H, T, S)
 
-        Raises InputError if a width does not fit, and as scaled_dot_product_attention does.
+        Raises InputError if width or dtype do not fit, and as scaled_dot_product_attention does.
         """
         context = x if context is None else context
-        _check_width("x", x, self.q_proj.in_features)
-        _check_width("context", context, self.k_proj.in_features)
+        _check_input("x", x, self.q_proj)
+        _check_input("context", context, self.k_proj)
         query = split_heads(self.q_proj(x), self.d_head)  # (B, H, T, E)
         key = split_heads(self.k_proj(context), self.d_head)  # (B, K, S, E)
         value = split_heads(self.v_proj(context), self.d_head)
@@ -191,7 +191,8 @@ class MultiHeadAttention(nn.Module):
         return (output, attention_weights(query, key, mask)) if return_weights else output
 
 
-def _check_width(name: str, x: Tensor, width: int) -> None:
+def _check_input(name: str, x: Tensor, projection: nn.Linear) -> None:
+    width, dtype = projection.in_features, projection.weight.dtype
     fits = isinstance(x, Tensor) and x.dim() == 3 and x.shape[-1] == width
     given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
     require(
@@ -199,4 +200,10 @@ def _check_width(name: str, x: Tensor, width: int) -> None:
         f"{name}: floating, (sequences, positions, {width})",
         f"{name} {given}" + (f" of dtype {x.dtype}" if isinstance(x, Tensor) else ""),
         f"embed the tokens in {width} features; add the batch dim with {name}[None]",
+    )
+    require(
+        x.dtype == dtype or torch.is_autocast_enabled(x.device.type),
+        f"{name} in the layer's dtype, {dtype}",
+        f"{name} of dtype {x.dtype}",
+        f"give {name}.to({dtype}), or convert the layer with layer.to({x.dtype})",
     )
