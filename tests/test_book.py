@@ -44,7 +44,9 @@ def write_root(root):
     write_notebook(root / "chapters" / "02_two.ipynb", new_markdown_cell("# Two\n\nA xylophone."))
     write_notebook(root / "exercises" / "01_one.ipynb", new_markdown_cell("# Exercises of one"))
     for name in ("01_one", "02_two"):
-        write_notebook(root / "solutions" / f"{name}.ipynb", new_markdown_cell("# Solved"))
+        write_notebook(
+            root / "solutions" / f"{name}.ipynb", new_markdown_cell("# Solved: exercises")
+        )
     shutil.copytree(ROOT / "book", root / "book")
     (root / "slimlab").mkdir()
     (root / "slimlab" / "config.py").write_text("x = 1\n")
@@ -126,7 +128,9 @@ def test_search_knows_words_of_the_text(book):
 def test_only_the_chosen_solutions_are_there(book):
     assert [page.stem for page in (book / "solutions").glob("*.html")] == ["02_two"]
     assert not list(book.rglob("*solutions/01_one*"))
-    assert "solutions/02_two.html" in (book / "index.html").read_text(encoding="utf-8")
+    contents = (book / "index.html").read_text(encoding="utf-8")
+    assert "solutions/02_two.html" in contents
+    assert "Solved: solutions" in contents
 
 
 def test_the_table_of_topics_links_to_chapters(book):

@@ -151,8 +151,11 @@ def assemble(root: Path, source: Path, pages: dict[str, Path], solutions: list[P
     for room, paths in rooms.items():
         (source / room).mkdir()
         for path in paths:
-            runner.read_notebook(path)  # names a broken one, as Sphinx does not
-            shutil.copy2(path, source / room / path.name)
+            notebook = runner.read_notebook(path)  # names a broken one, as Sphinx does not
+            if room == "solutions":  # the exercises are made from them, heading and all
+                first = notebook.cells[0]
+                first.source = first.source.replace(": exercises", ": solutions", 1)
+            runner.write_notebook(notebook, source / room / path.name)
     items = [item for item in covered.load(root / "chapters" / "coverage") if item.chapter in pages]
     (source / "covered.md").write_text(covered.page(items, headings(pages)), encoding="utf-8")
     listed = {room: [f"{room}/{path.stem}" for path in paths] for room, paths in rooms.items()}
