@@ -123,6 +123,6 @@ def test_the_page_lists_topic_question_and_folded_answer_under_the_chapter():
     item = covered.Item("C1", "Rows < sums", "01_x", ("a",), "Why do rows sum to 1?", "Division.")
     page = covered.page([item], {"01_x": "Attention"})
     assert "## [Attention](chapters/01_x.ipynb)" in page
-    assert "**Rows &lt; sums**" in page
+    assert "\nRows &lt; sums\n" in page
     assert "<details><summary>Why do rows sum to 1?</summary>Division.</details>" in page
     assert "C1" not in page

@@ -167,7 +167,7 @@ def page(items: list[Item], titles: dict[str, str]) -> str:
             if item.chapter == chapter:
                 title, question, answer = map(html.escape, (item.title, item.question, item.answer))
                 folded = f"<summary>{question}</summary>{answer}"
-                lines += ["", f"**{title}**", "", f"<details>{folded}</details>"]
+                lines += ["", title, "", f"<details>{folded}</details>"]
     return "\n".join(lines) + "\n"
 
 
