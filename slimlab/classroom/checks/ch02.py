@@ -8,10 +8,17 @@ Production code is reviewed by people as well; here numbers alone decide.
 """
 
 import copy
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from slimlab.classroom.checks.ch02_forms import (
+    expect_same_weights,
+    form_of,
+    function_of,
+    whole_number,
+)
 from slimlab.classroom.checks.ch02_programs import healthy
 from slimlab.classroom.checks.ch02_surgery import pooling, random_layer, removal
 from slimlab.classroom.exercise import Exercise
@@ -71,7 +78,7 @@ budget = Exercise(
 
 @budget.property("the number of sequences for your model", points=2)
 def _(student, numbers):
-    saw = student.sequences_that_fit(**numbers)
+    saw = function_of(student, "sequences_that_fit")(**numbers)
     expect_equal(
         saw,
         count_sequences(numbers),
@@ -89,28 +96,31 @@ def _(student, numbers):
         given = exact | change
         changed = ", ".join(f"{name} = {value}" for name, value in change.items())
         what = f"sequences that fit with {changed or 'a card filled to the last byte'}"
-        expect_equal(student.sequences_that_fit(**given), count_sequences(given), what, look)
+        saw = function_of(student, "sequences_that_fit")(**given)
+        expect_equal(saw, count_sequences(given), what, look)
 
 
 @budget.property("no sequence fits beside weights that are too large", points=1)
 def _(student, numbers):
+    fit = function_of(student, "sequences_that_fit")
     weights = numbers["num_params"] * numbers["bytes_per_element"]
     one = (numbers["memory_gib"] * GIB - weights) // count_sequences(numbers) // 2
     for rest, what in ((one, "weights that leave a little room"), (-weights, "weights too large")):
         num_params = (numbers["memory_gib"] * GIB - rest) // numbers["bytes_per_element"]
         given = numbers | {"num_params": num_params}
-        saw, wanted = student.sequences_that_fit(**given), count_sequences(given)
+        saw, wanted = fit(**given), count_sequences(given)
         expect_equal(saw, wanted, f"sequences beside {what}", "a rest below 0, or below one cache")
-    expect_equal(bool(student.sequences_that_fit(**numbers)), True, "whether any fits", "the rest")
+    expect_equal(bool(fit(**numbers)), True, "whether any fits", "the rest")
 
 
 @budget.property("the longest context fits, and one token more does not", points=2)
 def _(student, numbers):
+    longest = function_of(student, "longest_context")
     sizes = {name: value for name, value in numbers.items() if name != "seq_len"}
     other = sizes | {"bytes_per_element": 1, "num_layers": 3, "num_kv_heads": 1}
     for batch_size, given in ((1, sizes), (3, sizes), (32, sizes), (3, other)):
-        tokens = student.longest_context(batch_size=batch_size, **given)
-        expect_equal(type(tokens).__name__, "int", "the type of longest_context", "the division")
+        saw, what = longest(batch_size=batch_size, **given), "what longest_context returned"
+        tokens = whole_number(saw, what, "the division, and the return line")
         fits = [count_sequences(given | {"seq_len": max(1, tokens + k)}) for k in (0, 1)]
         expect(
             tokens >= 1 and fits[0] >= batch_size > fits[1],
@@ -118,14 +128,15 @@ def _(student, numbers):
             "the greatest length at which all of them fit",
             "what the rest of the memory is divided by, and the rounding",
         )
-    saw = student.longest_context(batch_size=3, **sizes | {"num_params": sizes["memory_gib"] * GIB})
+    saw = longest(batch_size=3, **sizes | {"num_params": sizes["memory_gib"] * GIB})
     expect_equal(saw, 0, "tokens beside weights too large", "a rest below 0")
 
 
 @budget.property("your prediction by hand was right", points=1)
 def _(student, numbers):
     look = "your pencil calculation for numbers('2.1'); correct it once you know why"
-    expect_equal(student.my_prediction(), count_sequences(numbers), "my_prediction()", look)
+    saw = function_of(student, "my_prediction")()
+    expect_equal(saw, count_sequences(numbers), "my_prediction()", look)
 
 
 def only_head(layer: MultiHeadAttention, head: int, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,15 +165,36 @@ contributions = Exercise(
 )
 
 
+def parts_and_rest(student, layer: MultiHeadAttention, x: Tensor, mask: Tensor | None) -> tuple:
+    """Return the student's contributions and rest; fail if they are not two such things.
+
+    student, layer, x, mask  whose head_contributions is called, and with what
+    """
+    with torch.no_grad():
+        saw = function_of(student, "head_contributions")(layer, x.clone(), mask)
+    asked = "two things: contributions of shape (B, H, T, D) and rest of shape (D,)"
+    is_pair = isinstance(saw, tuple | list) and len(saw) == 2
+    expect(is_pair, f"head_contributions returned {form_of(saw)}", asked, "its return line")
+    parts, rest = saw
+    is_tensor = isinstance(parts, Tensor)
+    expect(is_tensor, f"contributions: {form_of(parts)}", "a tensor (B, H, T, D)", "torch.stack")
+    # A number is let through: it fails the last property alone.
+    fits = isinstance(rest, int | float)
+    if isinstance(rest, Tensor):
+        with suppress(RuntimeError):
+            fits = torch.broadcast_shapes(rest.shape, x.shape) == x.shape
+    look = "what rest is where nothing is left, and its shape"
+    expect(fits, f"rest: {form_of(rest)}", f"a tensor of shape ({x.shape[-1]},)", look)
+    return parts, rest
+
+
 def check_contributions(student, layer: MultiHeadAttention, T: int, mask, look: str) -> None:
     """Compare `student` on `layer`, T tokens and `mask` with the oracle; `look` is the hint."""
     x = torch.randn(2, T, layer.q_proj.in_features, dtype=torch.float64)
     num_heads, before = layer.out_proj.in_features // layer.d_head, copy.deepcopy(layer)
-    with torch.no_grad():
-        parts, rest = student.head_contributions(layer, x.clone(), mask)
-    for name, parameter in before.state_dict().items():
-        what, place = f"the {name} of the layer afterwards", "the layer must not change: use a copy"
-        expect_close(layer.state_dict()[name], parameter, what, place)
+    parts, rest = parts_and_rest(student, layer, x, mask)
+    what, place = "the {} of the layer afterwards", "the layer must not change: use a copy"
+    expect_same_weights(layer, before.state_dict(), what, place)
     shape = (2, num_heads, T, before.out_proj.out_features)
     expect_equal(tuple(parts.shape), shape, "the shape (B, H, T, D)", "the output projection")
     near = {"atol": 1e-10, "rtol": 0.0, "reason": "float64 rounding"}
@@ -207,8 +239,8 @@ def _(student, numbers):
         look = "a bias has no tokens" if bias else "what rest is where nothing is left"
         layer = random_layer(6, 12, 3, bias=bias)
         x = torch.randn(2, 5, 12, dtype=torch.float64)
+        parts, rest = parts_and_rest(student, layer, x, None)
         with torch.no_grad():
-            parts, rest = student.head_contributions(layer, x.clone(), None)
             total, what = parts.sum(1) + rest, "the sum of all heads and the rest"
             expect_close(total, layer(x), what, "the biases", atol=1e-9, reason="rounding")
         saw = tuple(rest.shape) if isinstance(rest, Tensor) else f"a {type(rest).__name__}"

@@ -8,9 +8,15 @@ Large models are searched for such leaks with a few random directions instead of
 import torch
 from torch import Tensor, nn
 
+from slimlab.classroom.checks.ch02_forms import (
+    FLOAT64,
+    expect_module,
+    form_of,
+    function_of,
+)
 from slimlab.classroom.checks.ch02_surgery import random_layer
 from slimlab.classroom.exercise import Exercise
-from slimlab.classroom.grading import expect, expect_close
+from slimlab.classroom.grading import expect, expect_close, expect_equal
 from slimlab.model.attention import MultiHeadAttention
 from slimlab.model.masks import causal_mask
 
@@ -65,11 +71,10 @@ class OneFarNumber(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return 10 x and the leak, for x (B, T, D) with more than `position` tokens."""
-        leaked = torch.zeros_like(x)
-        for position, down, up in ((0, 3.0, 2.5), (self.position, 4.0, 3.5)):
-            leaked[:, position, 0] = -down * x[:, -1, -1]
-            leaked[:, position, 1] = up * x[:, -1, -1]
-        return 10.0 * x + leaked
+        strength = torch.zeros(x.shape[1:], dtype=x.dtype)  # (T, D); x is never written into
+        strength[0, :2] = torch.tensor([-3.0, 2.5])
+        strength[self.position, :2] = torch.tensor([-4.0, 3.5])
+        return 10.0 * x + strength * x[:, -1:, -1:]
 
 
 class Causal(nn.Module):
@@ -96,10 +101,11 @@ def true_leak(layer: nn.Module, x: Tensor) -> float:
 def _(student, numbers):
     layer = LooksHealthy(random_layer(21, 12, 6, 2))
     x = torch.randn(3, 5, 12, dtype=torch.float64)  # with this seed the second leaks most
-    saw = student.leak(layer, x.clone())
+    saw = function_of(student, "leak")(layer, x.clone())
     look = "which pairs of positions and which sequences count, and the greatest absolute value"
     reason = "a difference quotient is welcome too"
-    expect_close(saw, true_leak(layer, x), "the leak", look, rtol=1e-3, reason=reason)
+    wanted, form = true_leak(layer, x), "the return line of leak"
+    expect_close(saw, wanted, "the leak", look, rtol=1e-3, reason=reason, form=form)
 
 
 @healthy.property("leak finds one number far away, whatever its sign", points=2)
@@ -107,29 +113,53 @@ def _(student, numbers):
     x = torch.randn(1, 6, 4, dtype=torch.float64)
     look = "signs, sums in which two leaks cancel, every position, and later ones far away"
     for position in (3, 4):  # 4 is the last one that has a future
-        saw = student.leak(OneFarNumber(position), x.clone())
+        saw = function_of(student, "leak")(OneFarNumber(position), x.clone())
         what = f"the leak of a layer with -3 and 2.5 at position 0, -4 and 3.5 at {position} of 6"
         expect_close(saw, 4.0, what, look, rtol=1e-3, reason="a difference quotient is welcome too")
 
 
 @healthy.property("an honest layer leaks nothing, and its faulty twin does", points=1)
 def _(student, numbers):
-    weights = random_layer(22, 12, 6, 2)
+    weights = random_layer(22, 12, 6, 2, form="explicit")  # the kernel has no second derivative
     x, layer = torch.randn(2, 5, 12, dtype=torch.float64), Causal(weights)
-    faulty = student.leak(LooksHealthy(weights), x.clone())
+    leak = function_of(student, "leak")
+    faulty, look = leak(LooksHealthy(weights), x.clone()), "what leak returns: a number?"
+    is_number = isinstance(faulty, Tensor) and faulty.numel() == 1 or hasattr(faulty, "__float__")
+    expect(is_number, f"leak returned {form_of(faulty)}", "a number", look)
     look = "what leak returns for the given program"
-    expect(bool(faulty > 0.01), faulty, "a leak above 0.01", look)
+    expect(float(faulty) > 0.01, faulty, "a leak above 0.01", look)
     look = "whether a position's own token counts"
-    expect_close(
-        student.leak(layer, x), 0.0, "the leak", look, atol=1e-9, rtol=0, reason="rounding"
-    )
+    expect_close(leak(layer, x), 0.0, "the leak", look, atol=1e-9, rtol=0, reason="rounding")
 
 
 def mended_like(student, layer: MultiHeadAttention, num_heads: int, num_kv_heads: int) -> nn.Module:
     """Make student.Mended with num_heads on num_kv_heads and the weights of `layer`."""
-    made = student.Mended(layer.out_proj.out_features, num_heads, num_kv_heads).double()
-    made.load_state_dict(layer.state_dict())
+    kind, sizes = (
+        function_of(student, "Mended"),
+        (layer.out_proj.out_features, num_heads, num_kv_heads),
+    )
+    is_class = not isinstance(kind, nn.Module)
+    expect(is_class, f"Mended is {form_of(kind)}", "a class of modules", "how you define Mended")
+    made = expect_module(kind(*sizes), f"Mended{sizes}", "a module").double()
+    held, wanted = made.state_dict(), layer.state_dict()
+    look, there = "the names of the four projections", ", ".join(held) or "nothing"
+    for name, weight in wanted.items():
+        expect(name in held, f"no {name} in Mended{sizes}, which holds {there}", list(wanted), look)
+        what, place = f"the shape of {name} in Mended{sizes}", "the sizes of the four projections"
+        expect_equal(tuple(held[name].shape), tuple(weight.shape), what, place)
+        bias = name.replace("weight", "bias")
+        expect(bias not in held, f"{bias} in Mended{sizes}", "projections without bias", place)
+    made.load_state_dict(wanted, strict=False)  # a mask may be among its buffers
     return made
+
+
+def expect_output(made: nn.Module, x: Tensor, what: str) -> None:
+    """Fail unless `made` gives a tensor of the shape of x; `what` names it."""
+    with torch.no_grad():
+        saw = made(x)
+    fits = isinstance(saw, Tensor) and saw.shape == x.shape
+    asked, look = f"a tensor of shape {tuple(x.shape)}", "the return line of its forward"
+    expect(fits, f"{what} returned {form_of(saw)}", asked, look)
 
 
 def check_mended(student, all_sizes: tuple[tuple[int, int, int], ...], look: str) -> None:
@@ -140,18 +170,18 @@ def check_mended(student, all_sizes: tuple[tuple[int, int, int], ...], look: str
         x = torch.randn(2, 5, sizes[0], dtype=torch.float64)
         with torch.no_grad():
             saw, wanted = made(x), layer(x, mask=causal_mask(5))
-        what, reason = f"the output of Mended{sizes}", "float64 rounding"
-        expect_close(saw, wanted, what, look, atol=1e-9, rtol=0, reason=reason)
+        form = "the return line of its forward"
+        expect_close(saw, wanted, f"the output of Mended{sizes}", look, form=form, **FLOAT64)
 
 
 @healthy.property("the mended layer sees no future, and is right where no key is shared", points=2)
 def _(student, numbers):
     for sizes in ((12, 6, 2), (8, 4, 4)):
         made = mended_like(student, random_layer(23, *sizes), *sizes[1:])
-        saw = true_leak(made, torch.randn(1, 5, sizes[0], dtype=torch.float64))
+        x = torch.randn(1, 5, sizes[0], dtype=torch.float64)
+        expect_output(made, x, f"Mended{sizes}")
         look = "how heads and positions are ordered, before the scores and after the average"
-        reason = "float64 rounding"
-        expect_close(saw, 0.0, f"the leak of Mended{sizes}", look, atol=1e-9, rtol=0, reason=reason)
+        expect_close(true_leak(made, x), 0.0, f"the leak of Mended{sizes}", look, **FLOAT64)
     look = "the mask, the scale, and the order of heads and features in the last line"
     check_mended(student, ((8, 4, 4), (8, 4, 1)), look)
 

@@ -12,21 +12,31 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slimlab.classroom.checks.ch02_forms import (
+    FLOAT64,
+    count_numbers,
+    expect_module,
+    expect_same_weights,
+    function_of,
+    weights_of,
+)
 from slimlab.classroom.exercise import Exercise
 from slimlab.classroom.grading import expect, expect_close, expect_equal, expect_raises
 from slimlab.model.attention import MultiHeadAttention
 from slimlab.model.masks import causal_mask
 
 
-def random_layer(seed: int, *sizes: int, bias: bool = False, **others: int) -> MultiHeadAttention:
+def random_layer(
+    seed: int, *sizes: int, bias: bool = False, **others: int | str
+) -> MultiHeadAttention:
     """Make a float64 layer of `sizes` and `others`, drawn with `seed`, with or without `bias`."""
     torch.manual_seed(seed)
     return MultiHeadAttention(*sizes, bias=bias, **others).double()
 
 
-def check_type(made: nn.Module) -> None:
-    """Fail if a number of `made` is not float64, as those of the layer that it is made from."""
-    types = {str(one.dtype) for one in made.parameters()}
+def check_type(weights: list[Tensor]) -> None:
+    """Fail if one of `weights` is not float64, as those of the layer that they are made from."""
+    types = {str(one.dtype) for one in weights} or {"torch.float64"}
     look = "the dtype of the old layer's weights"
     expect_equal(sorted(types), ["torch.float64"], "the dtype of the new numbers", look)
 
@@ -56,18 +66,30 @@ def pooled(weight: Tensor, d_head: int, copies: int) -> Tensor:
     return result
 
 
+def grouped_layer(student, layer: MultiHeadAttention, num_kv_heads: int) -> nn.Module:
+    """Return student.group_heads(layer, num_kv_heads); fail if it is not such a layer."""
+    made = function_of(student, "group_heads")(layer, num_kv_heads)
+    call = f"group_heads(layer, {num_kv_heads})"
+    held = expect_module(made, call, "a new MultiHeadAttention").state_dict()
+    for name in layer.state_dict():
+        look = "its biases" if name.endswith("bias") else "the names of the four projections"
+        there = ", ".join(held) or "nothing"
+        asked = f"a new MultiHeadAttention, which has {name} as the old one does"
+        expect(name in held, f"no {name} in the new layer, which holds {there}", asked, look)
+    return made
+
+
 def check_pooling(student, layer: MultiHeadAttention, num_kv_heads: int, look: str) -> nn.Module:
     """Compare student.group_heads(layer, num_kv_heads) with the oracle; `look` is the hint."""
     copies = layer.k_proj.out_features // layer.d_head // num_kv_heads
     before = copy.deepcopy(layer.state_dict())
-    made = student.group_heads(layer, num_kv_heads)
+    made = grouped_layer(student, layer, num_kv_heads)
+    held = made.state_dict()
     for name, parameter in before.items():
         shared = name.startswith(("k_proj", "v_proj"))
         wanted = pooled(parameter, layer.d_head, copies) if shared else parameter
         place = look if shared else "what stays as it is"
-        saw = made.state_dict().get(name)
-        expect(saw is not None, f"no {name}", "the parameters of the old layer", "its biases")
-        expect_close(saw, wanted, name, place, rtol=1e-6, atol=1e-9, reason="rounding")
+        expect_close(held[name], wanted, name, place, rtol=1e-6, atol=1e-9, reason="rounding")
     return made
 
 
@@ -86,13 +108,15 @@ def _(student, numbers):
     x = torch.randn(2, 5, 10, dtype=torch.float64)
     with torch.no_grad():
         wanted = layer(x, mask=causal_mask(5))
-        made = student.group_heads(layer, 2)
-        rows, look = made.k_proj.weight.shape[0], "2 heads of 3 features"
+        made = grouped_layer(student, layer, 2)
+        rows, look = made.state_dict()["k_proj.weight"].shape[0], "2 heads of 3 features"
         expect_equal(rows, 6, "rows of the new k_proj.weight", look)
-        check_type(made)
+        check_type(weights_of(made))
         saw = made(x, mask=causal_mask(5))
     look = "mean or sum, and which heads share a key head"
-    expect_close(saw, wanted, "the output", look, atol=1e-6, rtol=0.0)
+    form = "what the forward of the new layer returns"
+    bound = {"atol": 1e-6, "rtol": 0.0, "reason": "rounding"}
+    expect_close(saw, wanted, "the output", look, form=form, **bound)
 
 
 @pooling.property("biases are averaged too", points=1)
@@ -110,15 +134,13 @@ def _(student, numbers):
 def _(student, numbers):
     layer = random_layer(9, 12, 6, d_head=4)
     before = copy.deepcopy(layer.state_dict())
-    made = student.group_heads(layer, 2)
-    for name, parameter in layer.state_dict().items():
-        expect_close(parameter, before[name], f"the old layer's {name}", "what you write to")
+    made = grouped_layer(student, layer, 2)
+    expect_same_weights(layer, before, "the old layer's {}", "what you write to")
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(1.0)
-    for name, parameter in layer.state_dict().items():
-        what = f"the old layer's {name} after 1 was added to the new one's"
-        expect_close(parameter, before[name], what, "copies: do the two layers share memory?")
+    what = "the old layer's {} after 1 was added to the new one's"
+    expect_same_weights(layer, before, what, "copies: do the two layers share memory?")
     grouped, look = random_layer(10, 12, 8, 2, d_head=2), "sizes that do not divide"
     for old, what in ((layer, "6 key heads in 4 groups"), (grouped, "4 key heads from 2")):
         expect_raises(partial(made_kind, student, old, 4), ValueError, what, look)
@@ -173,23 +195,22 @@ def check_removal(student, layer: MultiHeadAttention, removed: list[int], look: 
     x = torch.randn(2, 5, layer.q_proj.in_features, dtype=torch.float64)
     before = copy.deepcopy(layer.state_dict())
     wanted = [without(layer, removed, x, mask) for mask in (None, causal_mask(5))]
-    made = student.remove_heads(layer, list(removed))
-    for name, parameter in layer.state_dict().items():
-        expect_close(parameter, before[name], f"the old layer's {name}", "copies of its parts")
-    check_type(made)
-    what, reason = f"the output without heads {sorted(set(removed))}", "float64 rounding"
+    made = function_of(student, "remove_heads")(layer, list(removed))
+    asked = "a smaller module, called as module(x, mask=mask)"
+    weights = weights_of(expect_module(made, f"remove_heads(layer, {removed})", asked))
+    held = count_numbers(weights)  # before forward: what it may keep to look at is no weight
+    expect_same_weights(layer, before, "the old layer's {}", "copies of its parts")
+    check_type(weights)
+    what, form = f"the output without heads {sorted(set(removed))}", "what forward returns"
     with torch.no_grad():
         free, masked = made(x, mask=None), made(x, mask=causal_mask(5))
-    expect_close(free, wanted[0], what, look, atol=1e-9, rtol=0.0, reason=reason)
+    expect_close(free, wanted[0], what, look, form=form, **FLOAT64)
     what = f"{what} under a causal mask"
-    expect_close(masked, wanted[1], what, "the mask", atol=1e-9, rtol=0.0, reason=reason)
-    held = [*made.parameters(), *(one for one in made.buffers() if one.is_floating_point())]
-    expect_equal(
-        sum(one.numel() for one in held),
-        smallest_size(layer, removed),
-        "numbers in the new layer",
-        "which rows and columns nobody uses any more",
-    )
+    expect_close(masked, wanted[1], what, "the mask", form=form, **FLOAT64)
+    smallest, look = smallest_size(layer, removed), "which rows and columns nobody uses any more"
+    if held < smallest:
+        look = "where the numbers are kept: parameters, buffers and attributes of a module count"
+    expect_equal(held, smallest, "numbers in the new layer", look)
 
 
 @removal.property("one head of a plain layer", points=2)

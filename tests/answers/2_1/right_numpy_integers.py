@@ -1,0 +1,24 @@
+import numpy as np
+
+from slimlab.classroom.check import numbers
+
+
+def rest_and_row(
+    memory_gib, num_params, num_layers, num_heads, num_kv_heads, d_head, bytes_per_element
+):
+    rest = np.int64(memory_gib * 2**30) - np.int64(num_params * bytes_per_element)
+    return rest, np.int64(2 * num_layers * num_kv_heads * d_head * bytes_per_element)
+
+
+def sequences_that_fit(seq_len, **model):
+    rest, row = rest_and_row(**model)
+    return np.maximum(0, rest // (row * seq_len))
+
+
+def longest_context(batch_size, **model):
+    rest, row = rest_and_row(**model)
+    return np.maximum(0, rest // (row * batch_size))
+
+
+def my_prediction():
+    return sequences_that_fit(**numbers("2.1"))
