@@ -271,6 +271,8 @@ def test_syntax_that_only_a_notebook_knows_is_named_with_its_line(check):
     ("line", "words"),
     [
         ("open('/dev/shm/of-a-test', 'w')", "write 'of-a-test'"),
+        ("open('/dev/full', 'w')", "write 'full'"),
+        ("import os; os.chmod('/dev/null', 0o666)", "os.chmod('null')"),
         ("import shutil; shutil.rmtree({folder!r})", "shutil.rmtree('keep')"),
         ("import os; os.remove({folder!r} + '/a.txt')", "os.remove('a.txt')"),
         ("import os; os.rename({folder!r}, 'stolen')", "os.rename('keep')"),
@@ -298,6 +300,7 @@ def test_other_peoples_files_and_processes_are_safe(check, tmp_path, line, words
 def test_files_of_its_own_may_come_and_go(check):
     own = """import os, shutil, tempfile
 open("mine.txt", "w").write("x")
+open("/dev/null", "w").write("x")
 os.mkdir("d"); os.rename("mine.txt", "d/mine.txt"); shutil.rmtree("d")
 with tempfile.TemporaryDirectory() as d:
     open(d + "/x", "w").write("y")

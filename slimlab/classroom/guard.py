@@ -23,6 +23,8 @@ CHANGES = {
     "os.mkdir": (0,),
     "shutil.rmtree": (0,),
 }
+# What may be written, but not removed or replaced; other devices hold disks and shared memory.
+SINKS = {"/dev/null", b"/dev/null"}
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -33,7 +35,7 @@ class Refused(PermissionError):
 def install(folder: str, may_start_programs: bool) -> None:
     """Refuse from now on, in this process and its forks, what lies outside `folder`.
 
-    folder              the only place, with /dev, where files may be written or deleted
+    folder              the only place where files may be written or deleted; /dev/null takes output
     may_start_programs  whether other programs may be started
     """
     sys.addaudithook(_hook(os.path.realpath(folder), may_start_programs))
@@ -52,14 +54,13 @@ def _hook(folder: str, may_start_programs: bool) -> Callable:
             except OSError:
                 return True  # not Linux: shutil.rmtree was judged by its own event
         found = realpath(path)
-        shared = found.startswith("/dev/shm/")  # memory that would outlive the check
-        return found == folder or found.startswith((folder + "/", "/dev/")) and not shared
+        return found == folder or found.startswith(folder + "/")
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = flags & WRITE_FLAGS if isinstance(flags, int) else 0
-            if writes and not inside(path):
+            if writes and not inside(path) and path not in SINKS:
                 raise Refused(f"your code tried to write {_name(path)!r} outside its own folder")
         elif event in CHANGES:
             dir_fd = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
