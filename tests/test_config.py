@@ -15,7 +15,7 @@ def test_sizes_that_are_left_out_follow_from_the_others():
 
 
 def test_a_given_head_size_need_not_follow_from_the_width():
-    config = ModelConfig(**{**SIZES, "d_model": 10}, d_head=5)
+    config = ModelConfig(**{**SIZES, "d_model": 10}, d_head=6)
     assert config.d_head * config.num_heads != config.d_model
 
 
@@ -57,3 +57,32 @@ def test_the_fitting_numbers_of_a_huge_size_are_found_at_once():
     with pytest.raises(InputError) as caught:
         check_divides("num_heads", 3, "d_model", 10**12)
     assert "choose num_heads from 1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, ..." in caught.value.change
+
+
+def test_three_feed_forward_matrices_cost_about_as_much_as_two():
+    gated = ModelConfig(**{**SIZES, "d_model": 96}, feed_forward="swiglu")
+    plain = ModelConfig(**{**SIZES, "d_model": 96})
+    assert (gated.d_ff, plain.d_ff) == (256, 384)
+    assert 3 * gated.d_ff == 2 * plain.d_ff
+
+
+@pytest.mark.parametrize(
+    ("choice", "word"),
+    [
+        ({"kind": "decoders"}, "encoder_decoder"),
+        ({"positions": "rope"}, "sinusoidal"),
+        ({"norm": None}, "rms"),
+        ({"feed_forward": "gelu_new"}, "gelu_tanh"),
+        ({"d_head": 5}, "even d_head"),
+        ({"d_model": 9, "positions": "sinusoidal"}, "even d_model"),
+        ({"rotary_base": 1}, "rotary_base"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"bias": 1}, "bias"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"num_segments": -1}, "num_segments"),
+        ({"num_segments": 2}, "encoder only"),
+    ],
+)
+def test_a_choice_that_is_unknown_or_contradicts_another_is_refused(choice, word):
+    with pytest.raises(InputError, match=word):
+        ModelConfig(**{**SIZES, **choice})
