@@ -6,8 +6,9 @@ Chapters write `from slimlab import show` and call `show.attention_map(...)`.
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
-from slimlab.show.source import progress, show_source
+from slimlab.show.source import show_source
 from slimlab.show.style import COLOURS, use_style
+from slimlab.text.progress import progress
 
 __all__ = [
     "COLOURS",

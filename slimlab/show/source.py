@@ -1,4 +1,4 @@
-"""Listings of library code, and progress bars.
+"""Listings of library code.
 
 Every chapter's fifth part shows slimlab's own source through `show_source`, so that a listing
 never differs from the code that runs. Documentation tools (Sphinx's literalinclude) do the same
@@ -7,11 +7,8 @@ for whole files at the time a site is built.
 
 import ast
 import inspect
-import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
-
-from tqdm import tqdm
+from collections.abc import Callable
 
 from slimlab.config import InputError
 
@@ -52,16 +49,3 @@ def without_docstrings(source: str) -> str:
                 last += 1
             lines[first - 1 : last] = [None] * (last - first + 1)
     return "\n".join(line for line in lines if line is not None)
-
-
-def progress(iterable: Iterable, label: str, total: int | None = None) -> Iterator:
-    """Yield from `iterable` and draw a progress bar meanwhile.
-
-    iterable  what to go through
-    label     the words in front of the bar
-    total     how many items there are, if `iterable` has no length
-
-    Silent where the environment has SLIMLAB_BATCH=1, so that saved outputs stay the same.
-    """
-    silent = os.environ.get("SLIMLAB_BATCH") == "1"
-    return iter(tqdm(iterable, desc=label, total=total, disable=silent))
