@@ -1,39 +1,32 @@
-"""Configurations that check themselves, and the one error that all bad input gets.
+"""Configurations that check themselves.
 
 A configuration is a frozen dataclass: it cannot be changed after it was checked. Use
 `dataclasses.replace` for a variant. Chapter 00 explains the letters, chapters 01 and 02 the heads,
-chapter 03 the choices.
+chapter 03 the choices, chapter 05 the training.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import inf
 
+from slimlab.inputs import (
+    InputError,
+    check_choice,
+    check_divides,
+    check_number,
+    check_size,
+    require,
+)
 
-class InputError(ValueError):
-    """Say what was asked, what was given and what to change.
-
-    asked   what the function needs, in a few words
-    given   what it got: the shape, the value, the path
-    change  what the reader should do about it
-
-    It is a ValueError, so code that catches those keeps working; the command line prints it
-    without a traceback.
-    """
-
-    def __init__(self, asked: str, given: str, change: str):
-        super().__init__(f"asked for: {asked}\ngiven: {given}\nchange: {change}")
-        self.asked, self.given, self.change = asked, given, change
-
-
-def require(condition: bool, asked: str, given: str, change: str) -> None:
-    """Refuse bad input: raise InputError unless the condition holds.
-
-    condition             what must hold
-    asked, given, change  as in InputError
-    """
-    if not condition:
-        raise InputError(asked, given, change)
+__all__ = [
+    "InputError",
+    "ModelConfig",
+    "TrainingConfig",
+    "check_choice",
+    "check_divides",
+    "check_number",
+    "check_size",
+    "require",
+]
 
 
 @dataclass(frozen=True)
@@ -168,54 +161,89 @@ CHOICES = {
 }
 
 
-def check_choice(name: str, value: object, names: Sequence[str]) -> None:
-    """Refuse a word that is not one of the known ones.
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; together with model and data it determines every weight.
 
-    name   what is chosen, for the message
-    value  what was given
-    names  the known words
+    num_steps         updates of the weights
+    batch_size        B, sequences of one update
+    seq_len           T, tokens of a sequence
+    micro_batch_size  sequences in memory at a time; defaults to batch_size
+    peak_lr           the learning rate after warm-up; it falls to final_lr_fraction of that
+    warmup_steps      updates until peak_lr is reached; defaults to num_steps // 20
+    weight_decay      pull of the weights toward zero
+    betas             how much of their past AdamW's averages of gradients and squares keep
+    clip_norm         longest gradient that is applied as it is; None: no clipping
+    optimizer         "adamw" (PyTorch's, fused), "adamw_own" (written in this book) or "sgd"
+    precision         of matrix products: "float32", "bfloat16" or "float16"
+    recompute         "none", or "block": blocks forget their activations, and the backward pass
+                      computes them again
+    seed              of the windows drawn and of dropout
+    validate_every    steps between measurements on held-out text; None: after the last step alone
+    save_every        steps between checkpoints, None likewise; keep_checkpoints of them are kept
+    device            "auto" (the first of cuda, mps and cpu that is there), or PyTorch's name
 
-    Raises InputError that lists them.
+    Raises InputError if a number is out of its range or a choice is unknown.
     """
-    require(
-        isinstance(value, str) and value in names,
-        f"{name}: one of {', '.join(names)}",
-        f"{name} = {value!r}",
-        "choose one of these names",
-    )
+
+    num_steps: int
+    batch_size: int
+    seq_len: int
+    micro_batch_size: int | None = None
+    peak_lr: float = 1e-3
+    warmup_steps: int | None = None
+    final_lr_fraction: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float | None = 1.0
+    optimizer: str = "adamw"
+    precision: str = "float32"
+    recompute: str = "none"
+    seed: int = 0
+    validate_every: int | None = None
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name, names in TRAINING_CHOICES.items():
+            check_choice(name, getattr(self, name), names)
+        check_size("num_steps", self.num_steps)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", self.num_steps // 20)
+        for name, (kind, low, high) in TRAINING_NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in MAY_BE_NONE:
+                high = getattr(self, high) if isinstance(high, str) else high
+                check_number(name, value, kind, low, high)
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        asked, change = "betas, a pair of numbers", "give betas=(0.9, 0.95)"
+        require(pair, asked, f"betas = {self.betas!r}", change)
+        for beta in self.betas:
+            check_number("each of betas", beta, float, 0, 1 - 1e-12)
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON makes lists of pairs
+        named = isinstance(self.device, str) and bool(self.device)
+        require(named, "device, a name", f"device = {self.device!r}", 'give device="auto"')
 
 
-def check_size(name: str, value: object) -> None:
-    """Refuse what is not a whole number of at least 1.
-
-    name   what the size is called, for the message
-    value  what was given
-
-    Raises InputError.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(
-        whole and value >= 1,
-        f"{name}, a whole number of at least 1",
-        f"{name} = {value!r}",
-        f"give {name} a positive whole number",
-    )
-
-
-def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    """Refuse a divisor that leaves a remainder, and name those that would not.
-
-    divisor_name, divisor  the size that must divide, for instance num_heads
-    name, value            the size that must be divided, for instance d_model
-
-    Raises InputError.
-    """
-    if value % divisor:
-        small = [n for n in range(1, isqrt(value) + 1) if value % n == 0]
-        fitting = [str(n) for n in sorted({*small, *(value // n for n in small)})]
-        listed = ", ".join(fitting if len(fitting) <= 12 else [*fitting[:11], "..."])
-        raise InputError(
-            f"a {divisor_name} that divides {name}",
-            f"{divisor_name} = {divisor}, {name} = {value}, remainder {value % divisor}",
-            f"choose {divisor_name} from {listed}, or change {name}",
-        )
+# Whole or real, least and greatest: a number, or the field that bounds it.
+TRAINING_NUMBERS = {
+    "batch_size": (int, 1, inf),
+    "seq_len": (int, 1, inf),
+    "micro_batch_size": (int, 1, "batch_size"),
+    "peak_lr": (float, 0, inf),
+    "warmup_steps": (int, 0, "num_steps"),
+    "final_lr_fraction": (float, 0, 1),
+    "weight_decay": (float, 0, inf),
+    "clip_norm": (float, 1e-30, inf),
+    "seed": (int, 0, 2**32 - 1),
+    "validate_every": (int, 1, inf),
+    "save_every": (int, 1, inf),
+    "keep_checkpoints": (int, 1, inf),
+}
+MAY_BE_NONE = ("micro_batch_size", "clip_norm", "validate_every", "save_every")
+TRAINING_CHOICES = {
+    "optimizer": ("adamw", "adamw_own", "sgd"),
+    "precision": ("float32", "bfloat16", "float16"),
+    "recompute": ("none", "block"),
+}

@@ -1,10 +1,11 @@
 """Configurations check themselves and say what was asked, given and to be changed."""
 
 import dataclasses
+import json
 
 import pytest
 
-from slimlab.config import InputError, ModelConfig, check_divides
+from slimlab.config import InputError, ModelConfig, TrainingConfig, check_divides
 
 SIZES = {"vocab_size": 11, "seq_len": 7, "d_model": 12, "num_layers": 2, "num_heads": 3}
 
@@ -86,3 +87,47 @@ def test_three_feed_forward_matrices_cost_about_as_much_as_two():
 def test_a_choice_that_is_unknown_or_contradicts_another_is_refused(choice, word):
     with pytest.raises(InputError, match=word):
         ModelConfig(**{**SIZES, **choice})
+
+
+TRAINING = {"num_steps": 60, "batch_size": 6, "seq_len": 9}
+
+
+def test_a_training_configuration_fills_in_what_is_left_out_and_survives_json():
+    config = TrainingConfig(**TRAINING, betas=(0.8, 0.9), micro_batch_size=4)
+    assert (config.warmup_steps, config.micro_batch_size) == (3, 4)
+    assert TrainingConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert TrainingConfig(**TRAINING, clip_norm=None).clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_steps", 0, "at least 1"),
+        ("batch_size", 2.0, "whole number"),
+        ("seq_len", True, "whole number"),
+        ("seq_len", None, "whole number"),
+        ("micro_batch_size", 7, "at most 6"),
+        ("warmup_steps", 61, "at most 60"),
+        ("warmup_steps", -1, "at least 0"),
+        ("peak_lr", float("nan"), "number of at least 0"),
+        ("peak_lr", float("inf"), "number of at least 0"),
+        ("peak_lr", "1e-3", "number of at least 0"),
+        ("final_lr_fraction", 1.5, "at most 1"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("betas", (0.9,), "pair"),
+        ("betas", (0.9, 1.0), "betas"),
+        ("clip_norm", 0, "clip_norm"),
+        ("seed", 2**32, "at most 4294967295"),
+        ("save_every", 0, "at least 1"),
+        ("keep_checkpoints", 0, "at least 1"),
+        ("keep_checkpoints", None, "whole number"),
+        ("optimizer", "adam", "adamw, adamw_own, sgd"),
+        ("precision", "fp16", "float32, bfloat16, float16"),
+        ("recompute", True, "none, block"),
+        ("device", None, "device"),
+    ],
+)
+def test_a_training_number_out_of_range_is_refused_by_name(name, value, words):
+    with pytest.raises(InputError, match=words) as caught:
+        TrainingConfig(**{**TRAINING, name: value})
+    assert name in str(caught.value)
