@@ -72,6 +72,78 @@ def padding_mask(lengths: Sequence[int] | Tensor, S: int) -> Tensor:
     return (torch.arange(S, device=counts.device) < counts[:, None])[:, None, None, :]
 
 
+def with_causal(mask: Tensor | None, T: int, S: int, device: torch.device | None = None) -> Tensor:
+    """Hide what a mask hides and what stands later.
+
+    mask     boolean or additive, broadcast to (B, H, T, S); None hides nothing
+    T, S     numbers of queries and keys, see causal_mask
+    device   where the mask is made
+    returns  a mask of the kind given, boolean if none was
+    """
+    causal = causal_mask(T, S, device=device)
+    if mask is None:
+        return causal
+    if mask.dtype == torch.bool:
+        return mask & causal
+    return mask.masked_fill(~causal, -torch.inf)
+
+
+def packed_mask(document_ids: Tensor) -> Tensor:
+    """Keep documents that share a row from seeing each other; causal within each.
+
+    document_ids  (B, T) whole numbers, one number per document
+    returns       (B, 1, T, T) boolean: a query may attend to the tokens of its own document that
+                  do not stand later
+    Raises InputError if document_ids is not (B, T).
+    """
+    _check_document_ids(document_ids)
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same & causal_mask(document_ids.shape[1], device=document_ids.device)
+
+
+def packed_positions(document_ids: Tensor) -> Tensor:
+    """Count positions from 0 anew in every document of a row.
+
+    document_ids  (B, T) whole numbers; a document is a run of equal ones
+    returns       (B, T) int64
+    Raises InputError if document_ids is not (B, T).
+    """
+    _check_document_ids(document_ids)
+    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.where(starts, place, 0).cummax(dim=1).values
+    return place - first
+
+
+def chunk_mask(T: int, chunk_len: int, *, leaky: bool = False) -> Tensor:
+    """Cut a text into chunks; a query sees its own chunk and all before it, nothing later.
+
+    T          tokens
+    chunk_len  tokens of a chunk; the last may be shorter
+    leaky      let a query see its whole chunk, the later part too: the rule "this chunk and all
+               before it" by itself. Trained to predict the next token, a model then reads it off.
+    returns    (T, T) boolean; not leaky it equals causal_mask(T) for every chunk_len
+    """
+    check_size("T", T)
+    check_size("chunk_len", chunk_len)
+    chunk = torch.arange(T) // chunk_len
+    seen = chunk[:, None] >= chunk
+    return seen if leaky else seen & causal_mask(T)
+
+
+def _check_document_ids(document_ids: Tensor) -> None:
+    fits = isinstance(document_ids, Tensor) and document_ids.dim() == 2
+    require(
+        fits and document_ids.dtype in WHOLE,
+        "document_ids (B, T): for every token the number of its document",
+        f"{tuple(document_ids.shape)} of dtype {document_ids.dtype}"
+        if isinstance(document_ids, Tensor)
+        else f"a {type(document_ids).__name__}",
+        "give torch.tensor([[0, 0, 1, 1, 1]]) for two documents in one row",
+    )
+
+
 def to_additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Turn a boolean mask into what is added to the scores.
 

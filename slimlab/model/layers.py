@@ -1,0 +1,108 @@
+"""The small layers of a block: two norms and the feed-forward layer with its activations.
+
+Chapter 03 derives them and proves each equal to a specification of a few lines. The norms call
+PyTorch's kernels, which keep less for the backward pass than the formula written out would.
+
+Production fuses further: the norm with the sum before it, the activation with the matrix product.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimlab.config import CHOICES, check_choice, check_size
+
+
+class RMSNorm(nn.Module):
+    """Divide every position by the root of the mean square of its features, times a learned gain.
+
+    d_model  D
+    eps      added to the mean square
+
+    forward: x (..., D) to x / sqrt(mean(x^2) + eps) * weight, of the same shape. Zhang and Sennrich
+    2019 (arXiv:1910.07467): LayerNorm without centring and without a bias.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        check_size("d_model", d_model)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Centre every position, divide by its standard deviation, apply a learned gain and bias.
+
+    d_model  D
+    eps      added to the variance
+    bias     have a bias
+
+    forward: x (..., D) to (x - mean) / sqrt(variance + eps) * weight + bias, of the same shape; the
+    variance is the mean of squares, not divided by D - 1. Ba et al. 2016 (arXiv:1607.06450).
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, *, bias: bool = True):
+        super().__init__()
+        check_size("d_model", d_model)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., D)."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def make_norm(kind: str, d_model: int, eps: float, bias: bool) -> nn.Module:
+    """Make the norm of a configuration.
+
+    kind     "rms" or "layer"
+    d_model  D
+    eps      see the norms
+    bias     for "layer" only: RMSNorm has none
+    """
+    check_choice("norm", kind, CHOICES["norm"])
+    return RMSNorm(d_model, eps) if kind == "rms" else LayerNorm(d_model, eps, bias=bias)
+
+
+class FeedForward(nn.Module):
+    """Widen every position, bend it, narrow it again: the same two or three matrices everywhere.
+
+    d_model  D
+    d_ff     F
+    kind     "gelu" (exact), "gelu_tanh" (GPT-2's approximation), "relu", or "swiglu" with a third
+             matrix that gates: down(silu(gate(x)) * up(x))
+    bias     give the linear layers biases
+
+    Its layers are up_proj, down_proj and, for swiglu, gate_proj. Vaswani et al. 2017, section 3.3;
+    Hendrycks and Gimpel 2016 (arXiv:1606.08415) for GELU; Shazeer 2020 (arXiv:2002.05202) for
+    SwiGLU.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, kind: str = "gelu", *, bias: bool = False):
+        super().__init__()
+        check_size("d_model", d_model)
+        check_size("d_ff", d_ff)
+        check_choice("feed_forward", kind, CHOICES["feed_forward"])
+        self.kind = kind
+        if kind == "swiglu":
+            self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map every position of x (..., D) by itself; returns (..., D)."""
+        if self.kind == "swiglu":
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ACTIVATIONS[self.kind](self.up_proj(x)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
