@@ -1,0 +1,1 @@
+"""Training: objectives, optimizer, schedule, precision, loop, checkpoints, metrics."""
