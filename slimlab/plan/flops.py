@@ -1,4 +1,4 @@
-"""How many parameters, how much arithmetic, how long, how dear: closed forms.
+"""How much arithmetic, how long, how dear: closed forms; and, passed on, counts of parameters.
 
 A FLOP is one addition or multiplication of floating-point numbers; `_flop` is a count of them and
 `_flop_per_s` a rate. Chapter 00 predicts published training runs with these formulas, chapters 01
@@ -11,64 +11,32 @@ processor runs.
 
 from numbers import Real
 
-from slimlab.config import ModelConfig, check_size, require
+from slimlab.config import check_size, require
+from slimlab.plan.params import (
+    attention_params,
+    block_params,
+    decoder_params,
+    feed_forward_params,
+)
+
+__all__ = [
+    "attention_flop",
+    "attention_params",
+    "block_params",
+    "decoder_params",
+    "dollars",
+    "feed_forward_params",
+    "gpu_seconds",
+    "gpu_years",
+    "petaflop_s_days",
+    "rough_decoder_params",
+    "training_days",
+    "training_flop",
+]
 
 SECONDS_PER_HOUR = 3600.0
 SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR
 SECONDS_PER_YEAR = 365 * SECONDS_PER_DAY
-
-
-def attention_params(config: ModelConfig) -> int:
-    """Count the entries of W^Q, W^K, W^V and W^O of one layer; no biases.
-
-    config   d_model, num_heads, num_kv_heads and d_head are read
-    returns  2 D H E + 2 D K E; 4 D^2, whatever H is, if K = H and E = D/H
-    """
-    query_and_output = 2 * config.d_model * config.num_heads * config.d_head
-    key_and_value = 2 * config.d_model * config.num_kv_heads * config.d_head
-    return query_and_output + key_and_value
-
-
-def feed_forward_params(config: ModelConfig, *, gated: bool = False) -> int:
-    """Count the entries of one layer's feed-forward matrices; no biases.
-
-    config   d_model and d_ff are read
-    gated    three matrices (SwiGLU, as in LLaMA) instead of two
-    returns  2 D F or 3 D F
-    """
-    return (3 if gated else 2) * config.d_model * config.d_ff
-
-
-def block_params(config: ModelConfig, *, gated: bool = False) -> int:
-    """Count the parameters of one Transformer block: attention, feed-forward, two norms' gains.
-
-    config   all sizes but vocab_size, seq_len and num_layers are read
-    gated    see feed_forward_params
-    returns  attention_params + feed_forward_params + 2 D
-    """
-    return attention_params(config) + feed_forward_params(config, gated=gated) + 2 * config.d_model
-
-
-def decoder_params(
-    config: ModelConfig,
-    *,
-    gated: bool = False,
-    tied_embeddings: bool = True,
-    learned_positions: bool = False,
-) -> int:
-    """Count the parameters of a decoder exactly, without biases.
-
-    config             all sizes are read; seq_len only with learned_positions
-    gated              see feed_forward_params
-    tied_embeddings    one table embeds tokens and scores the next one; otherwise two tables
-    learned_positions  a table with one row per position
-    returns            L blocks, a last norm's gain, and the tables
-    """
-    tables = config.vocab_size * (1 if tied_embeddings else 2)
-    if learned_positions:
-        tables += config.seq_len
-    blocks = config.num_layers * block_params(config, gated=gated)
-    return blocks + config.d_model + tables * config.d_model
 
 
 def rough_decoder_params(num_layers: int, d_model: int, vocab_size: int) -> int:
