@@ -248,7 +248,7 @@ def test_sgd_by_name_is_sgd_with_momentum_and_decay():
 
 
 def test_an_unknown_optimizer_and_bad_settings_are_refused():
-    with pytest.raises(InputError, match="adamw, adamw_own or sgd"):
+    with pytest.raises(InputError, match="adamw, adamw_own, sgd"):
         make_optimizer("adam", Tied(), lr=0.1)
     for settings in ({"lr": 0}, {"lr": 0.1, "betas": (1, 0)}, {"lr": 0.1, "momentum": 2}):
         for name in ("adamw", "adamw_own", "sgd"):

@@ -10,13 +10,14 @@ kernels (`make_optimizer` picks torch's fused AdamW), keeps 32-bit state for 16-
 momentum, AMSGrad, complex and sparse parameters.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from slimlab.config import InputError, require
-from slimlab.train.optimizer_checks import CheckedOptimizer, check_settings
+from slimlab.config import InputError, check_choice, check_number, require
+from slimlab.train.optimizer_checks import LEAST, CheckedOptimizer, check_settings
 from slimlab.train.update_rules import adamw_update, sgd_update
 
 
@@ -159,6 +160,7 @@ def make_optimizer(
 
     Raises InputError for an unknown name and for settings out of range.
     """
+    check_choice("name", name, ("adamw", "adamw_own", "sgd"))
     groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
     settings = {"lr": lr, "betas": betas, "eps": eps}
     check_settings({**settings, "weight_decay": weight_decay, "momentum": momentum})
@@ -166,11 +168,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, **settings, fused=_has_fused_kernel(groups))
     if name == "adamw_own":
         return AdamW(groups, **settings)
-    if name == "sgd":
-        return SGD(groups, lr, momentum)
-    raise InputError(
-        "an optimizer: adamw, adamw_own or sgd", f"name = {name!r}", "choose one of these names"
-    )
+    return SGD(groups, lr, momentum)
 
 
 def _has_fused_kernel(groups: list[dict]) -> bool:
@@ -203,7 +201,8 @@ def clip_gradients(
         "none",
         "give model.named_parameters() anew: a generator can be walked through only once",
     )
-    require(max_norm > 0, "max_norm above 0", f"max_norm = {max_norm!r}", "take max_norm=1.0")
+    if max_norm != math.inf:
+        check_number("max_norm", max_norm, float, LEAST, math.inf)
     grads = {name: param.grad for name, param in named if param.grad is not None}
     if not grads:
         return torch.zeros(())

@@ -4,14 +4,16 @@ The rules themselves are in optimizer.py; chapter 05 explains them. torch.optim 
 settings too, but of a state that is loaded it keeps what it does not understand.
 """
 
-import math
 from collections.abc import Iterable, Iterator
+from math import inf
 
 import torch
 from torch import Tensor
 
-from slimlab.config import InputError, require
+from slimlab.config import check_number, require
 
+# What "above 0" and "below 1" mean for a check with closed ends.
+LEAST, MOST = 1e-30, 1 - 1e-9
 # Options of torch's optimizers that change the rule, each with the one value known here.
 _FOREIGN = {"amsgrad": False, "nesterov": False, "maximize": False, "dampening": 0}
 
@@ -91,13 +93,14 @@ class CheckedOptimizer(torch.optim.Optimizer):
 def check_settings(settings: dict) -> None:
     """Refuse settings that no optimizer can use.
 
-    settings  any of lr, betas, eps, weight_decay and momentum
+    settings  lr, and any of betas, eps, weight_decay and momentum
 
     Raises InputError that names the setting, its value and its range.
     """
-    _check_number("lr", settings["lr"], above=0)
+    check_number("lr", settings["lr"], float, LEAST, inf)
     for name in ("eps", "weight_decay"):
-        _check_number(name, settings.get(name, 0), least=0)
+        check_number(name, settings.get(name, 0), float, 0, inf)
+    check_number("momentum", settings.get("momentum", 0), float, 0, MOST)
     betas = settings.get("betas", (0, 0))
     require(
         isinstance(betas, tuple | list) and len(betas) == 2,
@@ -105,26 +108,5 @@ def check_settings(settings: dict) -> None:
         f"betas = {betas!r}",
         "give betas=(0.9, 0.95)",
     )
-    for name, value in zip(("betas[0]", "betas[1]"), betas):
-        _check_number(name, value, least=0, below=1)
-    _check_number("momentum", settings.get("momentum", 0), least=0, below=1)
-
-
-def _check_number(
-    name: str,
-    value: object,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    """Refuse what is not a finite number with least <= value, above < value < below."""
-    bounds = [f"{least} or more"] if least > -math.inf else []
-    bounds += [f"above {above}"] if above > -math.inf else []
-    bounds += [f"below {below}"] if below < math.inf else []
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and value >= least and above < value < below):
-        raise InputError(
-            f"{name}: a finite number, {' and '.join(bounds)}",
-            f"{name} = {value!r}",
-            f"choose {name} in that range",
-        )
+    for place, value in enumerate(betas):
+        check_number(f"betas[{place}]", value, float, 0, MOST)

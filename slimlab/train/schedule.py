@@ -16,7 +16,8 @@ import math
 
 import torch
 
-from slimlab.config import InputError, check_size, require
+from slimlab.config import check_choice, check_number, check_size, require
+from slimlab.train.optimizer_checks import LEAST
 
 
 def warmup_cosine(
@@ -92,10 +93,7 @@ def learning_rate(
 
     Raises InputError for an unknown name, and as warmup_cosine does.
     """
-    if name not in SCHEDULES:
-        raise InputError(
-            f"a schedule: {', '.join(SCHEDULES)}", f"name = {name!r}", "choose one of these names"
-        )
+    check_choice("name", name, tuple(SCHEDULES))
     return SCHEDULES[name](
         step,
         peak_lr=peak_lr,
@@ -124,28 +122,13 @@ def _check(
     step: object, peak_lr: object, warmup_steps: object, num_steps: object, final_fraction: object
 ) -> None:
     check_size("num_steps", num_steps)
-    for name, value in (("step", step), ("warmup_steps", warmup_steps)):
-        require(
-            isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-            f"{name}, a whole number of 0 or more",
-            f"{name} = {value!r}",
-            f"count {name} in updates of the weights, from 0",
-        )
+    check_number("step", step, int, 0, math.inf)
+    check_number("warmup_steps", warmup_steps, int, 0, math.inf)
     require(
         num_steps >= warmup_steps,
         "num_steps of at least warmup_steps",
         f"num_steps = {num_steps}, warmup_steps = {warmup_steps}",
-        "train longer, or warm up in at most a tenth of the steps",
+        "train longer, or warm up in a twentieth of the steps",
     )
-    require(
-        isinstance(peak_lr, int | float) and 0 < peak_lr < math.inf,
-        "peak_lr, a finite number above 0",
-        f"peak_lr = {peak_lr!r}",
-        "find it by experiment: try powers of 2 around 1e-3",
-    )
-    require(
-        isinstance(final_fraction, int | float) and 0 <= final_fraction <= 1,
-        "final_fraction, a number from 0 to 1",
-        f"final_fraction = {final_fraction!r}",
-        "take 0.1, or 0 to end at a standstill",
-    )
+    check_number("peak_lr", peak_lr, float, LEAST, math.inf)
+    check_number("final_fraction", final_fraction, float, 0, 1)
