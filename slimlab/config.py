@@ -215,7 +215,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None or name not in MAY_BE_NONE:
                 high = getattr(self, high) if isinstance(high, str) else high
-                check_number(name, value, kind, low, high)
+                check_number(name, value, kind, low, high, above=name in ABOVE_LEAST)
         pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
         asked, change = "betas, a pair of numbers", "give betas=(0.9, 0.95)"
         require(pair, asked, f"betas = {self.betas!r}", change)
@@ -235,12 +235,13 @@ TRAINING_NUMBERS = {
     "warmup_steps": (int, 0, "num_steps"),
     "final_lr_fraction": (float, 0, 1),
     "weight_decay": (float, 0, inf),
-    "clip_norm": (float, 1e-30, inf),
+    "clip_norm": (float, 0, inf),
     "seed": (int, 0, 2**32 - 1),
     "validate_every": (int, 1, inf),
     "save_every": (int, 1, inf),
     "keep_checkpoints": (int, 1, inf),
 }
+ABOVE_LEAST = ("peak_lr", "clip_norm")
 MAY_BE_NONE = ("micro_batch_size", "clip_norm", "validate_every", "save_every")
 TRAINING_CHOICES = {
     "optimizer": ("adamw", "adamw_own", "sgd"),

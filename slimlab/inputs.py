@@ -87,7 +87,9 @@ def check_divides(divisor_name: str, divisor: int, name: str, value: int) -> Non
         )
 
 
-def check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
+def check_number(
+    name: str, value: object, kind: type, low: float, high: float, above: bool = False
+) -> None:
     """Refuse what is not a number from low to high; neither infinity nor not-a-number is one.
 
     name   what the number is called, for the message
@@ -95,6 +97,7 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
     kind   int: whole numbers only; float: whole numbers too
     low    the least number allowed
     high   the greatest
+    above  low itself is not allowed
 
     Raises InputError.
     """
@@ -104,8 +107,9 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
         isinstance(value, kinds)
         and not isinstance(value, bool)
         and low <= value <= high
+        and not (above and value == low)
         and abs(value) != float("inf"),
-        f"{name}, a {'whole ' if kind is int else ''}number of at least {low:g}{limit}",
+        f"{name}, a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {low:g}{limit}",
         f"{name} = {value!r}",
         f"give {name} such a number",
     )
