@@ -103,13 +103,14 @@ def check_number(
     """
     kinds = (int,) if kind is int else (int, float)
     limit = "" if high == float("inf") else f" and at most {high:.12g}"
+    start = f"{'above' if above else 'of at least'} {low:g}"
     require(
         isinstance(value, kinds)
         and not isinstance(value, bool)
         and low <= value <= high
         and not (above and value == low)
         and abs(value) != float("inf"),
-        f"{name}, a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {low:g}{limit}",
+        f"{name}, a {'whole ' if kind is int else ''}number {start}{limit}",
         f"{name} = {value!r}",
         f"give {name} such a number",
     )
