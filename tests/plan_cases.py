@@ -77,6 +77,6 @@ def loss_of(model, inputs, targets):
     outputs = model(**inputs)
     outputs = outputs[1:] if model.config.kind == "encoder" else [outputs]
     return sum(
-        F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum")
+        F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="sum")
         for logits, target in zip(outputs, targets)
     )

@@ -1,12 +1,16 @@
 """Predicted names and shapes of parameters against those of the models themselves."""
 
 import dataclasses
+import subprocess
+import sys
 from math import prod
+from pathlib import Path
 
 import pytest
 from plan_cases import CASES, GPT2, model_of
 
 from slimlab.config import ModelConfig
+from slimlab.plan import params
 from slimlab.plan.flops import block_params, decoder_params
 from slimlab.plan.params import num_params, param_shapes, params_by_part
 
@@ -76,3 +80,12 @@ def test_a_block_is_the_share_of_one_layer():
         first = [prod(s) for name, s in shapes.items() if name.startswith("blocks.0.")]
         cross = [prod(s) for n, s in shapes.items() if n.startswith("blocks.0.cross")]
         assert block_params(config) == sum(first) - sum(cross)
+
+
+def test_plans_read_configurations_and_nothing_else():
+    names = sorted(path.stem for path in Path(params.__file__).parent.glob("[a-z]*.py"))
+    assert {"activations", "params", "training_flop", "training_memory"} <= set(names)
+    code = "".join(f"import slimlab.plan.{name}; " for name in names) + "import sys; "
+    code += "print([m for m in sys.modules if m.startswith(('torch', 'numpy', 'slimlab.model'))])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr

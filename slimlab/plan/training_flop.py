@@ -41,7 +41,7 @@ def forward_flop_by_part(
 
     Raises InputError for sizes that are not positive whole numbers or a source without a place.
     """
-    T, S = _lengths(config, batch_size, seq_len, source_len)
+    T, S = batch_lengths(config, batch_size, seq_len, source_len)
     L, D, tokens = config.num_layers, config.d_model, batch_size * T
     parts = dict.fromkeys(("projections", "products", "feed_forward"), 0)
     _add_stack(parts, config, batch_size, T)
@@ -167,10 +167,16 @@ def _product_flop(config: ModelConfig, batch_size: int, T: int, S: int) -> int:
     return attention_flop(T, width, num_keys=S, batch_size=batch_size)
 
 
-def _lengths(
+def batch_lengths(
     config: ModelConfig, batch_size: int, seq_len: int | None, source_len: int | None
 ) -> tuple[int, int]:
-    """Check the sizes of a batch; returns T and S."""
+    """Check the sizes of a batch, and fill in those that were not given.
+
+    config, batch_size, seq_len, source_len  as in forward_flop_by_part
+    returns  T and S
+
+    Raises InputError as forward_flop_by_part does.
+    """
     check_size("batch_size", batch_size)
     T = config.seq_len if seq_len is None else seq_len
     check_size("seq_len", T)
