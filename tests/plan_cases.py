@@ -4,11 +4,11 @@ Sizes are small, odd and pairwise different, so that no two letters can be excha
 """
 
 import torch
-from torch.nn import functional as F
 
 from slimlab.config import ModelConfig
 from slimlab.model.attention import MultiHeadAttention
 from slimlab.model.build import build_model
+from slimlab.train.objectives import token_loss
 
 LLAMA = {
     "vocab_size": 37, "seq_len": 13, "d_model": 24, "num_layers": 3, "num_heads": 6,
@@ -76,7 +76,4 @@ def loss_of(model, inputs, targets):
     """The loss of all that a model puts out: tokens, and pairs where it scores them."""
     outputs = model(**inputs)
     outputs = outputs[1:] if model.config.kind == "encoder" else [outputs]
-    return sum(
-        F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="sum")
-        for logits, target in zip(outputs, targets)
-    )
+    return sum(token_loss(*pair)[0] for pair in zip(outputs, targets))

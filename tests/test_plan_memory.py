@@ -8,13 +8,15 @@ import torch
 from plan_cases import CASES, batch_of, loss_of, model_of
 
 from slimlab.config import InputError, ModelConfig
-from slimlab.plan.activations import (
-    activation_bytes,
-    block_activation_bytes,
-    korthikanti_block_bytes,
-)
+from slimlab.model.masks import packed_mask, packed_positions, padding_mask
+from slimlab.plan.activations import activation_bytes, block_activation_bytes
 from slimlab.plan.params import num_params, param_shapes
-from slimlab.plan.training_memory import bytes_per_param, state_bytes, training_bytes
+from slimlab.plan.training_memory import (
+    bytes_per_param,
+    korthikanti_block_bytes,
+    state_bytes,
+    training_bytes,
+)
 from slimlab.train.optimizer import SGD, AdamW
 from slimlab.train.precision import MasterWeights
 
@@ -144,6 +146,32 @@ def test_activations_are_what_autograd_saves(config, form, bytes_per_element, re
     assert (again == 0) == (recompute == "none")
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(("form", "bytes_per_element"), SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("decoder llama", "packed"),
+        ("decoder gpt", "packed"),
+        ("decoder post", "padding"),
+        ("encoder pairs", "padding"),
+        ("both llama", "padding"),
+    ],
+)
+def test_masks_are_kept_in_every_layer(name, mask, form, bytes_per_element, recompute):
+    config = CASES[name]
+    source = {"source_len": 5} if config.kind == "encoder_decoder" else {}
+    inputs, targets = batch_of(config, 3, 7, **source)
+    if mask == "packed":
+        documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0] * 7, [0] * 6 + [1]])
+        inputs |= {"mask": packed_mask(documents), "positions": packed_positions(documents)}
+    else:
+        inputs["source_mask" if source else "mask"] = padding_mask([3, 5, 2], 5 if source else 7)
+    found, _ = kept_bytes(config, (inputs, targets), form, recompute, bytes_per_element)
+    given = {"form": form, "bytes_per_element": bytes_per_element, "recompute": recompute}
+    assert sum(activation_bytes(config, 3, 7, **source, **given, mask=mask).values()) == found
+
+
 @pytest.mark.parametrize("name", ["decoder llama", "decoder gpt", "both gpt"])
 def test_larger_batches_are_predicted_as_well(name):
     config = dataclasses.replace(CASES[name], seq_len=40)
@@ -218,7 +246,9 @@ def test_training_holds_state_and_activations():
         lambda c: training_bytes(c, 2, recompute="all"),
         lambda c: activation_bytes(c, 0),
         lambda c: activation_bytes(c, 2, form="flash"),
-        lambda c: activation_bytes(c, 2, bytes_per_element=1, recompute="block"),
+        lambda c: activation_bytes(c, 2, mask="causal"),
+        lambda c: activation_bytes(CASES["encoder pairs"], 2, mask="packed"),
+        lambda c: activation_bytes(c, 2, bytes_per_element=8, recompute="block"),
         lambda c: activation_bytes(c, 2, 5, source_len=4),
         lambda c: block_activation_bytes(c, 2, memory_len=0),
         lambda c: korthikanti_block_bytes(2, 3, -4, 1),

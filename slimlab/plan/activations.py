@@ -1,12 +1,12 @@
 """Where every byte goes that a forward pass keeps for the backward pass, tensor by tensor.
 
 Counted is what autograd saves when the models of this book run on a CPU: every tensor once, however
-many operations need it. Not counted are parameters, what the caller gives (ids, targets, a mask of
-the caller's) and what is gone before the backward pass begins. Chapter 05 draws the ledger and
-compares it with the tensors that autograd holds.
+many operations need it. Not counted are parameters, what the caller gives (ids, targets, a mask)
+and what is gone before the backward pass begins. Chapter 05 draws the ledger and compares it with
+the tensors that autograd holds.
 
 Korthikanti et al. 2022 (arXiv:2205.05198), section 4, count a GPT block in 16 bits as s b h (34 +
-5 a s / h) bytes; korthikanti_block_bytes says where the two counts differ.
+5 a s / h) bytes; slimlab.plan.training_memory says where the two counts differ.
 
 Production keeps less: a GPU's kernels store what dropout hid as 1 byte per element, RMSNorm keeps
 its input and one number per position, fused losses never hold all logits, and offloading moves the
@@ -18,6 +18,7 @@ from slimlab.plan.training_flop import FORMS, RECOMPUTE, batch_lengths
 
 INDEX_BYTES = 8  # int64
 FLOAT32_BYTES = 4
+MASKS = ("none", "padding", "packed")
 
 
 def activation_bytes(
@@ -28,6 +29,7 @@ def activation_bytes(
     source_len: int | None = None,
     recompute: str = "none",
     form: str = "fused",
+    mask: str = "none",
     bytes_per_element: int = 4,
 ) -> dict[str, int]:
     """Predict what is kept between the forward and the backward pass of a training step.
@@ -39,6 +41,8 @@ def activation_bytes(
     source_len  S tokens of each sequence of the encoder, seq_len if not given; for two halves only
     recompute   "none", or "block": of every block only its input
     form        form of attention: "explicit", "tiled" or "fused"
+    mask        what the caller gives: "none", "padding" (padding_mask; of the source, if there are
+                two halves) or "packed" (packed_mask and packed_positions, decoder only)
     bytes_per_element  4 for a model in float32, 2 for one whose weights have 16 bits, with the loss
                 in float32. Autocast keeps some tensors in either and 16-bit copies of weights
                 besides: that is not predicted here
@@ -49,21 +53,21 @@ def activation_bytes(
     Raises InputError for sizes that are not positive whole numbers, and for unknown words.
     """
     check_choice("recompute", recompute, RECOMPUTE)
-    _check_element(bytes_per_element)
+    _check_words(config, form, mask, bytes_per_element)
     T, S = batch_lengths(config, batch_size, seq_len, source_len)
-    sizes = {"form": form, "bytes_per_element": bytes_per_element}
+    given = {"form": form, "mask": mask, "bytes_per_element": bytes_per_element}
     items = _Items()
     # (length, cross-attention to a source) of every stack of blocks
     stacks = [(S, False), (T, True)] if config.kind == "encoder_decoder" else [(T, False)]
     for length, cross in stacks:
-        items.join(_embedding(config, batch_size, length, bytes_per_element))
+        items.join(_embedding(config, batch_size, length, mask, bytes_per_element))
         if recompute == "block":
-            items.join(_block_inputs(config, batch_size, length, bytes_per_element))
+            items.join(_block_inputs(config, batch_size, length, mask, bytes_per_element))
         else:
             source = S if cross else None
             causal = cross or config.kind == "decoder"
             block = block_activation_bytes(
-                config, batch_size, length, memory_len=source, causal=causal, **sizes
+                config, batch_size, length, memory_len=source, causal=causal, **given
             )
             items.join(block, times=config.num_layers)
     if config.kind == "encoder_decoder":
@@ -81,34 +85,36 @@ def block_activation_bytes(
     memory_len: int | None = None,
     causal: bool = True,
     form: str = "fused",
+    mask: str = "none",
     bytes_per_element: int = 4,
 ) -> dict[str, int]:
     """Predict what one block keeps; with recomputation, what it needs for a moment going back.
 
-    config, batch_size, seq_len, form, bytes_per_element  as in activation_bytes
+    config, batch_size, seq_len, form, mask, bytes_per_element  as in activation_bytes
     memory_len  S positions of an encoder's output, for a block with cross-attention; the memory
                 itself is not in the block's account, since all blocks share it
-    causal      later positions are hidden; forms that are not fused keep the mask that does it
+    causal      later positions are hidden
     returns     "part.tensor" -> bytes
 
     Raises InputError as activation_bytes does.
     """
-    check_choice("form", form, FORMS)
-    _check_element(bytes_per_element)
+    _check_words(config, form, mask, bytes_per_element)
     T, _ = batch_lengths(config, batch_size, seq_len, None)
     sizes = (batch_size, T, bytes_per_element)
     items = _Items()
     items.join(_around(config, "attention", *sizes))
     if config.positions == "rotary":
-        # Sines and cosines of E/2 angles, for queries and for keys.
-        items.add("attention.rotary", 4 * T * (config.d_head // 2) * bytes_per_element)
+        # Sines and cosines, for queries and for keys.
+        angles = _angles(config, batch_size, T, mask)
+        items.add("attention.rotary", 4 * angles * bytes_per_element)
     items.join(_attention(config, "attention", form, *sizes, T))
-    if causal and form != "fused" and T > 1:
-        items.add("attention.mask", T * T)
+    own_mask = "none" if memory_len is not None else mask
+    items.join(_mask("attention", own_mask, causal, form, *sizes, T))
     if memory_len is not None:
         check_size("memory_len", memory_len)
         items.join(_around(config, "cross_attention", *sizes))
         items.join(_attention(config, "cross_attention", form, *sizes, memory_len))
+        items.join(_mask("cross_attention", mask, False, form, *sizes, memory_len))
     items.join(_around(config, "feed_forward", *sizes))
     for tensor in HIDDEN[config.feed_forward]:
         items.add(f"feed_forward.{tensor}", batch_size * T * config.d_ff * bytes_per_element)
@@ -123,29 +129,6 @@ HIDDEN = {
     "relu": ("activated",),
     "swiglu": ("gate", "gate_activated", "up", "product"),
 }
-
-
-def korthikanti_block_bytes(batch_size: int, seq_len: int, d_model: int, num_heads: int) -> int:
-    """Count the activations of a GPT block in 16 bits as Korthikanti et al. do.
-
-    batch_size  b sequences
-    seq_len     s tokens
-    d_model     h features, 4 h in the feed-forward layer
-    num_heads   a
-    returns     s b h (34 + 5 a s / h) bytes
-
-    The explicit form of a causal block with LayerNorm, GELU, bias and dropout, in 16 bits on a CPU,
-    keeps 36 s b h + 2 a s^2 b + 8 s b + s^2: no dropout of attention weights (its mask and its
-    result, 3 a s^2 b, are missing), two dropout masks of 2 bytes instead of 1 (2 s b h more), mean
-    and deviation of two norms (8 s b more) and a causal mask of 1 byte (s^2 more), which the paper
-    leaves out.
-
-    Korthikanti et al. 2022 (arXiv:2205.05198), equation 1.
-    """
-    sizes = {"batch_size": batch_size, "seq_len": seq_len, "d_model": d_model}
-    for name, value in {**sizes, "num_heads": num_heads}.items():
-        check_size(name, value)
-    return 34 * seq_len * batch_size * d_model + 5 * num_heads * seq_len**2 * batch_size
 
 
 class _Items(dict):
@@ -208,20 +191,45 @@ def _attention(
     return {f"{name}.{tensor}": num_bytes for tensor, num_bytes in items.items()}
 
 
-def _embedding(config: ModelConfig, batch_size: int, T: int, size: int) -> dict[str, int]:
+def _mask(
+    name: str, mask: str, causal: bool, form: str, batch_size: int, T: int, size: int, S: int
+) -> dict[str, int]:
+    """What a layer keeps of masks: nothing of the caller's own, but what is made of it."""
+    causal = causal and (T > 1 or mask != "none")
+    if mask == "none":
+        entries = T * S if causal and form != "fused" else 0
+    else:
+        entries = batch_size * S * (T if causal or mask == "packed" else 1)
+    if form == "tiled" and not causal:
+        entries = 0
+    # The kernel adds its mask to the scores and needs it as numbers; the others keep booleans.
+    num_bytes = entries * (size if form == "fused" else 1)
+    return {f"{name}.mask": num_bytes} if num_bytes else {}
+
+
+def _angles(config: ModelConfig, batch_size: int, T: int, mask: str) -> int:
+    """Count the rotary angles of a batch: packed documents have positions of their own."""
+    return (batch_size if mask == "packed" else 1) * T * (config.d_head // 2)
+
+
+def _embedding(
+    config: ModelConfig, batch_size: int, T: int, mask: str, size: int
+) -> dict[str, int]:
     tokens = batch_size * T
     items = {}
-    if config.positions == "learned":
+    if config.positions == "learned" and mask != "packed":  # those are the caller's
         items["embedding.position_ids"] = T * INDEX_BYTES
     if config.kind == "encoder" and config.norm_place == "post":
         items |= _norm(config, "embedding.norm", tokens, size)
     return items | _dropout(config, "embedding", tokens, size)
 
 
-def _block_inputs(config: ModelConfig, batch_size: int, T: int, size: int) -> dict[str, int]:
+def _block_inputs(
+    config: ModelConfig, batch_size: int, T: int, mask: str, size: int
+) -> dict[str, int]:
     items = {"blocks.input": config.num_layers * batch_size * T * config.d_model * size}
     if config.positions == "rotary":
-        items["blocks.rotary_angles"] = T * (config.d_head // 2) * FLOAT32_BYTES
+        items["blocks.rotary_angles"] = _angles(config, batch_size, T, mask) * FLOAT32_BYTES
     return items
 
 
@@ -229,7 +237,15 @@ def _last_norm(config: ModelConfig, name: str, num_tokens: int, size: int) -> di
     return _norm(config, name, num_tokens, size) if config.norm_place == "pre" else {}
 
 
-def _check_element(bytes_per_element: int) -> None:
+def _check_words(config: ModelConfig, form: str, mask: str, bytes_per_element: int) -> None:
+    check_choice("form", form, FORMS)
+    check_choice("mask", mask, MASKS)
+    require(
+        mask != "packed" or config.kind == "decoder",
+        'packed documents in a decoder (kind="decoder")',
+        f"mask = {mask!r}, kind = {config.kind!r}",
+        'give mask="padding" or "none"',
+    )
     require(
         bytes_per_element in (2, 4),
         "bytes_per_element, 2 (float16, bfloat16) or 4 (float32)",

@@ -14,7 +14,7 @@ Production adds buffers for communication, and cuts everything here into shards.
 
 from math import prod
 
-from slimlab.config import ModelConfig, check_choice
+from slimlab.config import ModelConfig, check_choice, check_size
 from slimlab.plan.activations import FLOAT32_BYTES, activation_bytes
 from slimlab.plan.params import param_shapes
 
@@ -86,11 +86,13 @@ def training_bytes(
     optimizer: str = "adamw",
     recompute: str = "none",
     form: str = "fused",
+    mask: str = "none",
     gathered: bool = False,
 ) -> dict[str, int]:
     """Predict all that training holds between a forward and a backward pass.
 
-    config, batch_size, seq_len, source_len, recompute, form  as in activations.activation_bytes
+    config, batch_size, seq_len, source_len, recompute, form, mask  as in activation_bytes of
+                         slimlab.plan.activations
     precision, optimizer, gathered  as in state_bytes
     returns  the items of state_bytes, and "activations", their sum; gradients are counted, as after
              the first micro-batch
@@ -105,6 +107,30 @@ def training_bytes(
         source_len=source_len,
         recompute=recompute,
         form=form,
+        mask=mask,
         bytes_per_element=PRECISIONS[precision][0],
     )
     return {**items, "activations": sum(kept.values())}
+
+
+def korthikanti_block_bytes(batch_size: int, seq_len: int, d_model: int, num_heads: int) -> int:
+    """Count the activations of a GPT block in 16 bits as Korthikanti et al. do.
+
+    batch_size  b sequences
+    seq_len     s tokens
+    d_model     h features, 4 h in the feed-forward layer
+    num_heads   a
+    returns     s b h (34 + 5 a s / h) bytes
+
+    The explicit form of a causal block with LayerNorm, GELU, bias and dropout, in 16 bits on a CPU,
+    keeps 36 s b h + 2 a s^2 b + 8 s b + s^2: no dropout of attention weights (its mask and its
+    result, 3 a s^2 b, are missing), two dropout masks of 2 bytes instead of 1 (2 s b h more), mean
+    and deviation of two norms (8 s b more) and a causal mask of 1 byte (s^2 more), which the paper
+    leaves out.
+
+    Korthikanti et al. 2022 (arXiv:2205.05198), equation 1.
+    """
+    sizes = {"batch_size": batch_size, "seq_len": seq_len, "d_model": d_model}
+    for name, value in {**sizes, "num_heads": num_heads}.items():
+        check_size(name, value)
+    return 34 * seq_len * batch_size * d_model + 5 * num_heads * seq_len**2 * batch_size
