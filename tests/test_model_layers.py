@@ -73,3 +73,28 @@ def test_the_norm_of_a_name_and_unknown_names():
         FeedForward(4, 8, "geglu")
     with pytest.raises(InputError, match="d_ff"):
         FeedForward(4, 0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+def test_the_gradient_of_rms_norm_is_that_of_finite_differences(shape):
+    torch.manual_seed(0)
+    norm = RMSNorm(5, 0.1).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def call(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(call, (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rms_norm_adds_up_16_bit_squares_in_32_bits(dtype):
+    x = torch.full((1, 64), 300.0, dtype=dtype)  # 300^2 is beyond float16
+    norm = RMSNorm(64, 1e-5).to(dtype)
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x), torch.ones_like(x))
+    small = torch.full((1, 64), 1e-4, dtype=dtype)
+    expected = 1e-4 / math.sqrt(1e-8 + 1e-5)
+    # 16-bit numbers have 8 or 11 significant bits.
+    assert norm(small)[0, 0].item() == pytest.approx(expected, rel=0.02)

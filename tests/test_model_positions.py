@@ -82,3 +82,16 @@ def test_bad_positions_are_refused():
         rotate(torch.randn(1, 1, 5, 6), angles)
     with pytest.raises(InputError, match="d_model"):
         sinusoidal_positions(4, 5)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_gradient_of_a_turn_is_that_of_finite_differences(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    angles = rotary_angles(torch.arange(3), 6)
+
+    def call(x):
+        return rotate(x.transpose(1, 2), angles, layout)
+
+    assert torch.autograd.gradcheck(call, (x,))
+    assert call(x).stride() == x.transpose(1, 2).stride()

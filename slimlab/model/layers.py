@@ -1,7 +1,7 @@
 """The small layers of a block: two norms and the feed-forward layer with its activations.
 
-Chapter 03 derives them and proves each equal to a specification of a few lines. The norms call
-PyTorch's kernels, which keep less for the backward pass than the formula written out would.
+Chapter 03 derives them and proves each equal to a specification of a few lines. LayerNorm calls
+PyTorch's kernel; RMSNorm, for which PyTorch has none on a CPU, states its own backward pass.
 
 Production fuses further: the norm with the sum before it, the activation with the matrix product.
 """
@@ -31,7 +31,35 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keep x and one number per position; the formula by itself would keep x twice.
+
+    With n = x / rms and h = gradient * weight, the gradient of x is (h - n mean(h n)) / rms: what
+    points along n is taken out, since stretching x changes nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        # Squares of 16-bit numbers overflow or vanish; their sum is taken in 32 bits.
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide) ** 2
+        per_rms = torch.rsqrt(mean_square / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, per_rms)
+        return (x * per_rms * weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, per_rms = ctx.saved_tensors
+        normal = x * per_rms
+        product = grad * normal
+        grad_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        along = (product @ weight.to(product.dtype))[..., None] / x.shape[-1]
+        grad_x = torch.addcmul(grad * weight, normal, along, value=-1) * per_rms
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 class LayerNorm(nn.Module):

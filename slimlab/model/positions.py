@@ -72,10 +72,37 @@ def rotate(x: Tensor, angles: Tensor, layout: str = "half") -> Tensor:
     )
     if angles.dim() == 3:
         angles = angles[:, None]  # the same for every head
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return _Turn.apply(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype), layout)
+
+
+class _Turn(torch.autograd.Function):
+    """Turn pairs of features; the gradient is turned back, and needs nothing of x.
+
+    The result lies in memory as x does, so that heads cut from one row are merged without a copy.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, layout):
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        return _turn(x, cos, sin, layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, ctx.layout), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    turned = torch.empty_like(x)
+    (first, second), (new_first, new_second) = (_pairs(one, layout) for one in (x, turned))
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    return turned
+
+
+def _pairs(x: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     if layout == "half":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    first, second = x[..., 0::2], x[..., 1::2]
-    pairs = (first * cos - second * sin, second * cos + first * sin)
-    return torch.stack(pairs, dim=-1).flatten(-2)
+        return x.chunk(2, dim=-1)
+    return x[..., 0::2], x[..., 1::2]

@@ -8,9 +8,8 @@ the tensors that autograd holds.
 Korthikanti et al. 2022 (arXiv:2205.05198), section 4, count a GPT block in 16 bits as s b h (34 +
 5 a s / h) bytes; slimlab.plan.training_memory says where the two counts differ.
 
-Production keeps less: a GPU's kernels store what dropout hid as 1 byte per element, RMSNorm keeps
-its input and one number per position, fused losses never hold all logits, and offloading moves the
-rest to the processor's memory.
+Production keeps less: a GPU's kernels store what dropout hid as 1 byte per element, fused losses
+never hold all logits, and offloading moves the rest to the processor's memory.
 """
 
 from slimlab.config import ModelConfig, check_choice, check_size, require
@@ -149,12 +148,9 @@ def _norm(config: ModelConfig, name: str, num_tokens: int, size: int) -> dict[st
             f"{name}_input": num_tokens * config.d_model * size,
             f"{name}_statistics": 2 * num_tokens * size,
         }
-    # The CPU's RMSNorm is made of small steps, in float32 whatever the input is.
-    wide = num_tokens * config.d_model * FLOAT32_BYTES
     return {
-        f"{name}_input": wide,
-        f"{name}_statistics": num_tokens * FLOAT32_BYTES,
-        f"{name}_without_gain": wide,
+        f"{name}_input": num_tokens * config.d_model * size,
+        f"{name}_statistics": num_tokens * max(size, FLOAT32_BYTES),
     }
 
 
@@ -184,9 +180,8 @@ def _attention(
         items["weights"] = batch_size * config.num_heads * T * S * size
     else:
         items["logsumexp"] = batch_size * config.num_heads * T * FLOAT32_BYTES
-    # Kernels write their result head by head where the query lies so; merging the heads copies it.
-    rotated = config.positions == "rotary" and name == "attention"
-    if (form == "tiled" or (form == "fused" and rotated)) and config.num_heads > 1 < T:
+    # The tiled form writes its result head by head; merging the heads copies it.
+    if form == "tiled" and config.num_heads > 1 < T:
         items["output_by_head"] = query
     return {f"{name}.{tensor}": num_bytes for tensor, num_bytes in items.items()}
 
