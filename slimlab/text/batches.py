@@ -31,7 +31,7 @@ def token_windows(
     Raises InputError if ids is not one-dimensional, holds no whole numbers or is too short, or a
     size is not at least 1.
     """
-    tokens = _check_ids(ids, seq_len, batch_size)
+    tokens = text_ids(ids, seq_len, batch_size)
     check_size("num_batches", num_batches)
     require(
         isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 1 << 64,
@@ -60,7 +60,7 @@ def consecutive_windows(
 
     Raises InputError as `token_windows` does.
     """
-    tokens = _check_ids(ids, seq_len, batch_size)
+    tokens = text_ids(ids, seq_len, batch_size)
     num_windows = (len(tokens) - 1) // seq_len
     rest = num_windows * seq_len
     inputs, targets = (tokens[at : at + rest].view(-1, seq_len) for at in (0, 1))
@@ -69,7 +69,16 @@ def consecutive_windows(
     return chain(batches, shorter if rest < len(tokens) - 1 else [])
 
 
-def _check_ids(ids: Sequence[int] | Tensor, seq_len: int, batch_size: int) -> Tensor:
+def text_ids(ids: Sequence[int] | Tensor, seq_len: int, batch_size: int = 1) -> Tensor:
+    """Turn the ids of a text into a tensor, or say why they cannot be cut into windows.
+
+    ids         (N,) token ids of the text, N > seq_len
+    seq_len     T, tokens of a window
+    batch_size  B, windows of a batch
+    returns     (N,) int64
+
+    Raises InputError as `token_windows` does.
+    """
     check_size("seq_len", seq_len)
     check_size("batch_size", batch_size)
     asked = "ids, a sequence of whole numbers"

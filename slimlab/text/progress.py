@@ -22,6 +22,18 @@ def progress(iterable: Iterable, label: str, total: int | None = None) -> Iterat
     return iter(tqdm(iterable, desc=label, total=total, disable=is_silent()))
 
 
+def progress_bar(label: str, total: int, start: int = 0, shown: bool = True) -> tqdm:
+    """Make a bar that is moved by hand: bar.update(), bar.set_postfix_str("loss 2.31").
+
+    label    the words in front of the bar
+    total    where it ends
+    start    where it begins
+    shown    False: silent, as it is in any case where SLIMLAB_BATCH=1
+    returns  a tqdm, to be used in a `with`
+    """
+    return tqdm(total=total, initial=start, desc=label, disable=is_silent() or not shown)
+
+
 def is_silent() -> bool:
     """Return True where the environment has SLIMLAB_BATCH=1."""
     return os.environ.get("SLIMLAB_BATCH") == "1"

@@ -180,9 +180,11 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove what killed processes left behind: folders under temporary names.
+    """Remove what killed processes left behind under temporary names.
 
     folder  of one run; no other process may be saving into it
     """
     for path in Path(folder).glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob(".history.jsonl.*.tmp"):
+        path.unlink(missing_ok=True)

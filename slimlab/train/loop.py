@@ -1,0 +1,201 @@
+"""The training loop: update, measure, report, keep; and go on after whatever ended it.
+
+Chapter 05 trains with it. What is promised: a run that is killed at any moment, kill -9 and the
+moment of saving included, and then started again, ends with the same weights, bit for bit, as the
+run that was not killed. On a GPU that holds as far as its kernels add in a fixed order
+(torch.use_deterministic_algorithms); on a processor, for the same number of threads.
+
+Production differs: many ranks (chapters 08 to 12), reading, saving and validation beside training
+instead of between steps, restarts by a scheduler, alarms.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slimlab.config import InputError, TrainingConfig, require
+from slimlab.text.batches import text_ids
+from slimlab.text.progress import progress_bar
+from slimlab.train.accumulate import Objective
+from slimlab.train.checkpoint_folder import latest, remove_leftovers
+from slimlab.train.history import History, HistoryFile
+from slimlab.train.interrupts import Interrupted, StopSignals
+from slimlab.train.metrics import held_out_loss, total_loss
+from slimlab.train.objectives import causal_objective
+from slimlab.train.run import Data, Run, check_vocabulary
+from slimlab.train.run_folder import only_writer
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    config: TrainingConfig,
+    *,
+    objective: Objective = causal_objective,
+    held_out: Sequence[int] | Tensor | list | None = None,
+    run_folder: str | Path | None = None,
+    resume: bool = True,
+    notes: dict | None = None,
+    show: bool = True,
+    say: Callable[[str], None] = print,
+) -> History:
+    """Train a model in place, from its present weights or from the last checkpoint of the run.
+
+    model       with parameters in 32 bits or more, on any device; moved to config.device
+    data        (N,) token ids, from which windows are drawn; or a function from the number of a
+                step, from 0, to its batch, which must give the same batch every time
+    config      a TrainingConfig
+    objective   as in slimlab.train.objectives
+    held_out    ids to measure by, or a list of batches of the objective; None: no measurement
+    run_folder  for checkpoints and history.jsonl; None: nothing is written
+    resume      go on if run_folder holds a checkpoint; False: refuse it
+    notes       written into config.json and compared when the run goes on, such as a fingerprint
+    show        draw a progress bar with loss and speed
+    say         told what was found and done
+    returns     a History, of the steps before an interruption too
+
+    The random numbers of the caller are left as they were. Ctrl-C and SIGTERM end the step, save
+    and raise Interrupted (without run_folder they act as ever).
+    Raises InputError if a loss or gradient is not finite (weights and checkpoints are then those
+    before that step), if the folder holds another run or is in use, and if saving fails.
+    """
+    with ExitStack() as stack:
+        folder = Path(run_folder) if run_folder is not None else None
+        if folder is not None:
+            stack.enter_context(only_writer(folder))
+        run = Run(model, data, config, objective, notes)
+        stack.enter_context(_mode(run, config))
+        torch.manual_seed(config.seed)
+        if folder is not None:
+            remove_leftovers(folder)
+            _go_on(run, folder, resume, say)
+        file = HistoryFile(folder and folder / "history.jsonl", run.step)
+        stack.callback(file.close)
+        stop = stack.enter_context(StopSignals(enabled=folder is not None))
+        held_out = _held_out(held_out, run.model)
+        bar = progress_bar("training", config.num_steps, run.step, show)
+        history = History(file.earlier)
+        _repeat(run, history, file, held_out, folder, stop, stack.enter_context(bar))
+        if stop.received is not None and run.step < config.num_steps:
+            _end(run, folder, stop.received)
+        return history
+
+
+def _repeat(
+    run: Run,
+    history: History,
+    file: HistoryFile,
+    held_out: object,
+    folder: Path | None,
+    stop: StopSignals,
+    bar: tqdm,
+) -> None:
+    config = run.config
+    while run.step < config.num_steps and stop.received is None:
+        try:
+            record = run.update()
+        except InputError as error:
+            raise _with_last_good(error, folder) from error
+        if held_out is not None and _is_due(run.step, config.validate_every, config):
+            record["validation_loss"] = _validate(run, held_out)
+        history.records.append(record)
+        file.append(record)
+        bar.set_postfix_str(_status(history), refresh=False)
+        bar.update()
+        due = _is_due(run.step, config.save_every, config) or stop.received is not None
+        if folder is not None and due:
+            file.sync()
+            run.save(folder)
+
+
+def _is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
+    return step == config.num_steps or (every is not None and step % every == 0)
+
+
+def _held_out(held_out: object, model: nn.Module) -> object:
+    """Batches as they are; ids as a tensor, checked before the first step."""
+    is_batches = isinstance(held_out, list | tuple) and isinstance(
+        next(iter(held_out), None), Tensor | tuple | list | dict
+    )
+    if held_out is None or is_batches:
+        return held_out
+    return check_vocabulary(text_ids(held_out, 1), model)
+
+
+def _validate(run: Run, held_out: object) -> float:
+    config = run.config
+    if not isinstance(held_out, Tensor):
+        loss_sum, num_tokens = total_loss(run.model, held_out, run.objective)
+        return loss_sum / num_tokens
+    batch_size = config.micro_batch_size or config.batch_size
+    return held_out_loss(run.model, held_out, config.seq_len, batch_size)
+
+
+def _status(history: History) -> str:
+    recent = history.records[-20:]
+    seconds = sum(record["seconds"] for record in recent)
+    speed = sum(record["num_tokens"] for record in recent) / max(seconds, 1e-9)
+    loss = sum(record["loss"] for record in recent) / len(recent)
+    held_out = history.validation[-1:]
+    measured = f", held out {held_out[0][1]:.3f}" if held_out else ""
+    return f"loss {loss:.3f}{measured}, {speed:,.0f} tokens/s"
+
+
+@contextmanager
+def _mode(run: Run, config: TrainingConfig) -> Iterator[None]:
+    """Training mode, recomputation as asked, random numbers of our own; all put back afterwards."""
+    model, before = run.model, run.model.training
+    has_choice = hasattr(model, "recompute")
+    require(
+        has_choice or config.recompute == "none",
+        'a model that can recompute, as recompute="block" asks',
+        f"a {type(model).__name__} without an attribute `recompute`",
+        'give recompute="none"',
+    )
+    recompute_before = model.recompute if has_choice else None
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model.train()
+        if has_choice:
+            model.recompute = config.recompute
+        try:
+            yield
+        finally:
+            model.train(before)
+            if has_choice:
+                model.recompute = recompute_before
+
+
+def _go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+    found = latest(folder, say)
+    if found is None:
+        return
+    require(
+        resume,
+        "a folder without checkpoints, since resume=False",
+        f"{folder}, which holds {found.name}",
+        "go on with resume=True, or give another folder",
+    )
+    run.restore(found, say)
+    say(f"going on from {found}")
+
+
+def _with_last_good(error: InputError, folder: Path | None) -> InputError:
+    good = latest(folder, lambda _: None) if folder is not None else None
+    kept = f"; the last good checkpoint is {good}" if good else ""
+    kept = kept or "; no checkpoint was saved" + ("" if folder else ", for want of a run_folder")
+    return InputError(error.asked, error.given + kept, error.change)
+
+
+def _end(run: Run, folder: Path, number: int) -> None:
+    name = signal.Signals(number).name
+    raise Interrupted(
+        f"stopped by {name} after step {run.step} of {run.config.num_steps}, which is saved in "
+        f"{folder}; the same call goes on from there",
+        number,
+    )

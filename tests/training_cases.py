@@ -1,0 +1,38 @@
+"""A small model, a small text and a small run, for the tests of training."""
+
+import torch
+
+from slimlab.config import ModelConfig, TrainingConfig
+from slimlab.model.build import build_model
+from slimlab.train.loop import train
+
+# The next id is 3 more, but 4 more after every ninth: something to learn, and never a loss of 0.
+TEXT = torch.tensor([(3 * i + i // 9) % 11 for i in range(400)])
+HELD_OUT = TEXT[-90:]
+SIZES = {"vocab_size": 11, "seq_len": 7, "d_model": 12, "num_layers": 2, "num_heads": 3}
+
+
+def small_model(seed=0, **choices):
+    torch.manual_seed(seed)
+    return build_model(ModelConfig(**SIZES, **choices))
+
+
+def small_run(**changes):
+    return TrainingConfig(
+        **{"num_steps": 12, "batch_size": 6, "seq_len": 7, "peak_lr": 0.01, "device": "cpu"}
+        | changes
+    )
+
+
+def quiet(*arguments, **options):
+    return train(*arguments, **{"say": lambda _: None} | options)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def same(left, right):
+    """Two runs' records apart from their seconds."""
+    strip = [[{**record, "seconds": 0} for record in one.records] for one in (left, right)]
+    return strip[0] == strip[1]
