@@ -303,8 +303,8 @@ WAYS = ["autocast bfloat16", "autocast float16", "masters bfloat16", "masters fl
 def test_a_model_learns_in_every_mixed_precision_as_in_float32(way):
     exact = train_decoder("alone float32")
     assert exact < 0.2  # from ln 13 = 2.6
-    # The four runs differ from it by 4e-4 at most; weights that lose updates differ far more.
-    assert abs(train_decoder(way) - exact) < 0.005
+    # The four runs end within 4e-4 of it; a model of bfloat16 alone, without masters, 7e-3 off.
+    assert abs(train_decoder(way) - exact) < 0.002
 
 
 def test_masters_of_a_model_that_is_already_narrow_are_refused():
