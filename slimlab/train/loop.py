@@ -52,7 +52,7 @@ def train(
     config      a TrainingConfig
     objective   as in slimlab.train.objectives
     held_out    ids to measure by, or a list of batches of the objective; None: no measurement
-    run_folder  for checkpoints and history.jsonl; None: nothing is written
+    run_folder  for history.jsonl and checkpoints, also of step 0; None: nothing is written
     resume      go on if run_folder holds a checkpoint; False: refuse it
     notes       written into config.json and compared when the run goes on, such as a fingerprint
     show        draw a progress bar with loss and speed
@@ -73,7 +73,7 @@ def train(
         torch.manual_seed(config.seed)
         if folder is not None:
             remove_leftovers(folder)
-            _go_on(run, folder, resume, say)
+            _begin_or_go_on(run, folder, resume, say)
         file = HistoryFile(folder and folder / "history.jsonl", run.step)
         stack.callback(file.close)
         stop = stack.enter_context(StopSignals(enabled=folder is not None))
@@ -171,9 +171,12 @@ def _mode(run: Run, config: TrainingConfig) -> Iterator[None]:
                 model.recompute = recompute_before
 
 
-def _go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+def _begin_or_go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
     found = latest(folder, say)
     if found is None:
+        run.save(
+            folder
+        )  # the weights to begin with; and a full disk is known before an hour's work
         return
     require(
         resume,
@@ -187,8 +190,7 @@ def _go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> 
 
 def _with_last_good(error: InputError, folder: Path | None) -> InputError:
     good = latest(folder, lambda _: None) if folder is not None else None
-    kept = f"; the last good checkpoint is {good}" if good else ""
-    kept = kept or "; no checkpoint was saved" + ("" if folder else ", for want of a run_folder")
+    kept = f"; the last good checkpoint is {good}" if good else "; no run_folder, so no checkpoint"
     return InputError(error.asked, error.given + kept, error.change)
 
 
