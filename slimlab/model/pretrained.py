@@ -82,7 +82,7 @@ def from_pretrained(
     stored = find_tensors(folder)
     rows = rows_of(family, config, theirs)
     matched = match_tensors(family, rows, model, stored, str(folder), ignore)
-    dtype = dtype or _stored_dtype(matched, stored, folder)
+    dtype = _checked_dtype(matched, stored, folder, dtype)
     check_tied(family, matched, stored, str(folder))
     state = _read_state(matched, stored, device, dtype)
     _fill_gaps(model, state, device, dtype)
@@ -108,7 +108,12 @@ def _checked_device(device: str | torch.device) -> torch.device:
         raise InputError("a device of this machine", given, 'give device="cpu"') from error
 
 
-def _stored_dtype(matched: MatchedTensors, stored: dict[str, StoredTensor], folder) -> torch.dtype:
+def _checked_dtype(
+    matched: MatchedTensors,
+    stored: dict[str, StoredTensor],
+    folder: str | os.PathLike,
+    dtype: torch.dtype | None,
+) -> torch.dtype:
     kinds = {}
     for name in matched.rows:
         if name in matched.names:
@@ -121,12 +126,12 @@ def _stored_dtype(matched: MatchedTensors, stored: dict[str, StoredTensor], fold
         "choose a checkpoint that is not quantized",
     )
     require(
-        len(kinds) == 1,
+        len(kinds) == 1 or dtype is not None,
         "weights of one dtype, or a dtype to convert them to",
         f"{folder}: {counted}",
         "give from_pretrained(..., dtype=torch.float32)",
     )
-    return _STORED[next(iter(kinds))]
+    return dtype or _STORED[next(iter(kinds))]
 
 
 def _read_state(

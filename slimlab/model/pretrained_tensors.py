@@ -7,6 +7,7 @@ Production passes over tensors that it does not know, with a warning, and so can
 body of a model for another task.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -117,20 +118,20 @@ def match_tensors(
             names[original] = names[copy]  # some tools keep the last of two equal tensors
     parts = {rows[name].part for name in rows if name in names} | {"body"}
     missing = [name for name, row in rows.items() if row.part in parts and name not in names]
-    unknown = [
-        name
+    unknown = {
+        canonical: name
         for canonical, name in names.items()
         if canonical not in rows
         and canonical not in tied
         and not canonical.endswith(family.buffers)
         and not any(fnmatchcase(name, pattern) for pattern in ignore)
-    ]
+    }
     ours = model.state_dict()
     shapes = {name: tuple(their_tensor(row, ours).shape) for name, row in rows.items()}
     odd = [name for name in rows if name in names and stored[names[name]].shape != shapes[name]]
     found = {
         "missing": missing,
-        "unknown": unknown,
+        "unknown": list(unknown.values()),
         "of another shape": [
             f"{names[name]} {stored[names[name]].shape} instead of {shapes[name]}" for name in odd
         ],
@@ -139,7 +140,7 @@ def match_tensors(
         not missing and not unknown and not odd,
         f"the {len(rows)} tensors that {source}/config.json describes",
         "; ".join(f"{len(some)} {kind}: {_listed(some)}" for kind, some in found.items() if some),
-        _advice(missing, unknown, odd, rows, stored, names),
+        _advice(bool(missing or odd), unknown, rows, odd, stored, names),
     )
     untrained = [row.ours for row in rows.values() if row.part not in parts]
     return MatchedTensors(rows, names, untrained)
@@ -166,20 +167,28 @@ def _their_names(
     return names
 
 
-def _advice(missing, unknown, odd, rows, stored, names) -> str:
+def _advice(
+    incomplete: bool,
+    unknown: Mapping[str, str],
+    rows: dict[str, TensorRow],
+    odd: Sequence[str],
+    stored: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+) -> str:
     for name in odd:
         if rows[name].ours == "embedding.tokens.weight":
             num_rows = stored[names[name]].shape[0]
             return f"config.json and weights are of different models: the table has {num_rows} rows"
-    if unknown and not missing and not odd:
-        return (
-            "fetch the whole folder again; if the model is right without them (another task's "
-            f"head), give from_pretrained(..., ignore={unknown[:4]})"
-        )
-    return "config.json and weights are of different models: fetch the whole folder again"
+    more_blocks = any(re.sub(r"\.\d+\.", ".0.", name) in rows for name in unknown)
+    if incomplete or more_blocks:
+        return "config.json and weights are of different models: fetch the whole folder again"
+    return (
+        "if the model is right without them (another task's head), give "
+        f"from_pretrained(..., ignore={list(unknown.values())[:4]})"
+    )
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
