@@ -150,7 +150,7 @@ def _norm(config: ModelConfig, name: str, num_tokens: int, size: int) -> dict[st
         }
     return {
         f"{name}_input": num_tokens * config.d_model * size,
-        f"{name}_statistics": num_tokens * max(size, FLOAT32_BYTES),
+        f"{name}_statistics": num_tokens * FLOAT32_BYTES,
     }
 
 
