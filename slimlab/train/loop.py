@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from slimlab.config import InputError, TrainingConfig, require
+from slimlab.config import TrainingConfig, require
 from slimlab.text.batches import text_ids
 from slimlab.text.progress import progress_bar
 from slimlab.train.accumulate import Objective
@@ -27,7 +26,7 @@ from slimlab.train.history import History, HistoryFile
 from slimlab.train.interrupts import Interrupted, StopSignals
 from slimlab.train.metrics import held_out_loss, total_loss
 from slimlab.train.objectives import causal_objective
-from slimlab.train.run import Data, Run, check_vocabulary
+from slimlab.train.run import Data, NotFiniteError, Run, check_vocabulary
 from slimlab.train.run_folder import only_writer
 
 
@@ -43,6 +42,7 @@ def train(
     notes: dict | None = None,
     show: bool = True,
     say: Callable[[str], None] = print,
+    watch: Callable[[dict], None] | None = None,
 ) -> History:
     """Train a model in place, from its present weights or from the last checkpoint of the run.
 
@@ -57,6 +57,7 @@ def train(
     notes       written into config.json and compared when the run goes on, such as a fingerprint
     show        draw a progress bar with loss and speed
     say         told what was found and done
+    watch       called with the record of each step
     returns     a History, of the steps before an interruption too
 
     The random numbers of the caller are left as they were. Ctrl-C and SIGTERM end the step, save
@@ -64,53 +65,64 @@ def train(
     Raises InputError if a loss or gradient is not finite (weights and checkpoints are then those
     before that step), if the folder holds another run or is in use, and if saving fails.
     """
+    run = Run(model, data, config, objective, notes)
+    held_out = _held_out(held_out, run.model)
+    folder = Path(run_folder) if run_folder is not None else None
     with ExitStack() as stack:
-        folder = Path(run_folder) if run_folder is not None else None
-        if folder is not None:
-            stack.enter_context(only_writer(folder))
-        run = Run(model, data, config, objective, notes)
         stack.enter_context(_mode(run, config))
         torch.manual_seed(config.seed)
         if folder is not None:
-            remove_leftovers(folder)
+            stack.enter_context(only_writer(folder))
             _begin_or_go_on(run, folder, resume, say)
-        file = HistoryFile(folder and folder / "history.jsonl", run.step)
-        stack.callback(file.close)
+        report = stack.enter_context(_Report(run, folder, show, watch))
         stop = stack.enter_context(StopSignals(enabled=folder is not None))
-        held_out = _held_out(held_out, run.model)
-        bar = progress_bar("training", config.num_steps, run.step, show)
-        history = History(file.earlier)
-        _repeat(run, history, file, held_out, folder, stop, stack.enter_context(bar))
+        try:
+            _repeat(run, held_out, folder, stop, report)
+        except NotFiniteError as error:
+            raise error.with_last_good(folder) from error
         if stop.received is not None and run.step < config.num_steps:
             _end(run, folder, stop.received)
-        return history
+        return report.history
 
 
 def _repeat(
-    run: Run,
-    history: History,
-    file: HistoryFile,
-    held_out: object,
-    folder: Path | None,
-    stop: StopSignals,
-    bar: tqdm,
+    run: Run, held_out: object, folder: Path | None, stop: StopSignals, report: "_Report"
 ) -> None:
     config = run.config
     while run.step < config.num_steps and stop.received is None:
-        try:
-            record = run.update()
-        except InputError as error:
-            raise _with_last_good(error, folder) from error
+        record = run.update()
         if held_out is not None and _is_due(run.step, config.validate_every, config):
             record["validation_loss"] = _validate(run, held_out)
-        history.records.append(record)
-        file.append(record)
-        bar.set_postfix_str(_status(history), refresh=False)
-        bar.update()
+        report.note(record)
         due = _is_due(run.step, config.save_every, config) or stop.received is not None
         if folder is not None and due:
-            file.sync()
+            report.file.sync()
             run.save(folder)
+
+
+class _Report:
+    """Records in memory, in the file of the run, on the progress bar, and to whoever watches."""
+
+    def __init__(self, run: Run, folder: Path | None, show: bool, watch: Callable | None):
+        self.file = HistoryFile(folder and folder / "history.jsonl", run.step)
+        self.history = History(self.file.earlier)
+        self.bar = progress_bar("training", run.config.num_steps, run.step, show)
+        self.watch = watch
+
+    def __enter__(self) -> "_Report":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def note(self, record: dict) -> None:
+        self.history.records.append(record)
+        self.file.append(record)
+        self.bar.set_postfix_str(_status(self.history), refresh=False)
+        self.bar.update()
+        if self.watch is not None:
+            self.watch(record)
 
 
 def _is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
@@ -172,6 +184,7 @@ def _mode(run: Run, config: TrainingConfig) -> Iterator[None]:
 
 
 def _begin_or_go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+    remove_leftovers(folder)
     found = latest(folder, say)
     if found is None:
         run.save(
@@ -186,12 +199,6 @@ def _begin_or_go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], N
     )
     run.restore(found, say)
     say(f"going on from {found}")
-
-
-def _with_last_good(error: InputError, folder: Path | None) -> InputError:
-    good = latest(folder, lambda _: None) if folder is not None else None
-    kept = f"; the last good checkpoint is {good}" if good else "; no run_folder, so no checkpoint"
-    return InputError(error.asked, error.given + kept, error.change)
 
 
 def _end(run: Run, folder: Path, number: int) -> None:

@@ -21,7 +21,7 @@ from slimlab.config import InputError, TrainingConfig, require
 from slimlab.text.batches import text_ids, token_windows
 from slimlab.train.accumulate import Objective, accumulate_gradients, move_batch
 from slimlab.train.checkpoint import load_checkpoint, save_checkpoint
-from slimlab.train.checkpoint_folder import read_json
+from slimlab.train.checkpoint_folder import latest, read_json
 from slimlab.train.device import choose_device
 from slimlab.train.optimizer import clip_gradients, make_optimizer
 from slimlab.train.precision import LossScaler, autocast_for
@@ -30,6 +30,19 @@ from slimlab.train.schedule import set_learning_rate, warmup_cosine
 from slimlab.train.training_state import random_state, set_random_state
 
 Data = Sequence[int] | Tensor | Callable[[int], object]
+
+
+class NotFiniteError(InputError):
+    """Say in which step, at which learning rate and where numbers ceased to be finite."""
+
+    def with_last_good(self, folder: Path | None) -> "NotFiniteError":
+        """Return the same error with the checkpoint from which the run can go on.
+
+        folder  of the run, if it has one
+        """
+        good = latest(folder, lambda _: None) if folder is not None else None
+        kept = f"the last good checkpoint is {good}" if good else "no run_folder, so no checkpoint"
+        return NotFiniteError(self.asked, f"{self.given}; {kept}", self.change)
 
 
 class Run:
@@ -82,7 +95,7 @@ class Run:
 
         returns  a record, as in History
 
-        Raises InputError if loss or gradient is not finite; the weights are then those before.
+        Raises NotFiniteError if loss or gradient is not; the weights are then those before.
         """
         start_s = time.perf_counter()
         config = self.config
@@ -213,12 +226,12 @@ def _describe(
     return described
 
 
-def _not_finite(model: nn.Module, step: int, loss: float, lr: float) -> InputError:
+def _not_finite(model: nn.Module, step: int, loss: float, lr: float) -> NotFiniteError:
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     norm = float(torch.nn.utils.get_total_norm(grads.values()))
     first = next((n for n, grad in grads.items() if not grad.isfinite().all()), None)
     where = f"first not finite in {first}" if first else "each finite, the sum of squares not"
-    return InputError(
+    return NotFiniteError(
         "a finite loss and finite gradients",
         f"step {step}: loss {loss:.6g}, learning rate {lr:.3g}, gradient norm {norm:.6g}, {where}",
         "lower peak_lr, lengthen warmup_steps or set clip_norm=1.0; if it happens in the first "
