@@ -116,7 +116,10 @@ def test_any_mask_hides_alike(tmp_path, case):
     mask = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) < 0.5
     mask |= torch.eye(7, dtype=torch.bool)  # nobody is left without a key
     causal = torch.ones(7, 7, dtype=torch.bool).tril() if case in DECODERS else True
-    expected = their_logits(theirs, ids, attention_mask=mask & causal)
+    given = mask & causal
+    if case in ENCODERS and transformers.__version__.startswith("4."):
+        given = given[:, 0].long()
+    expected = their_logits(theirs, ids, attention_mask=given)
     assert_close(our_logits(load(tmp_path), ids, mask=mask), expected, **CLOSE)
 
 

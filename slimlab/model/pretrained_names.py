@@ -126,6 +126,7 @@ ANYWHERE = _words("""
 """)
 EVERYWHERE = {
     "is_encoder_decoder": False,
+    "is_decoder": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
     "pruned_heads": {},
@@ -236,7 +237,6 @@ BERT = FamilyFiles(
         # The head for hidden tokens bends by the same function, here always the exact GELU.
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
-        "is_decoder": False,
         "tie_word_embeddings": True,
     },
     harmless=ANYWHERE
