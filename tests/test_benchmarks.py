@@ -1,0 +1,184 @@
+"""The benchmarks run, compare equal things and report in their form; times are never judged."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, tokenizer, training_step
+from benchmarks.common import Comparison, compare, median_interval, quartiles, table, take_turns
+from slimlab.config import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = {
+    "task", "rounds", "ours", "theirs", "ours_s", "theirs_s", "ours_median_s", "theirs_median_s",
+    "ratio_median", "ratio_quartiles", "ratio_interval_95", "ratio_range",
+}  # fmt: skip
+
+
+def run(module, *options):
+    """Run a benchmark as a reader would, in a process of its own: it sets threads."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def check_form(report, benchmark, tasks, rounds):
+    assert set(report) == {"benchmark", "settings", "environment", "results"}
+    assert report["benchmark"] == benchmark
+    assert {"threads", "clock", "cores", "load_before", "python"} <= set(report["environment"])
+    assert [row["task"] for row in report["results"]] == tasks
+    for row in report["results"]:
+        assert set(row) == ROW
+        assert row["rounds"] == len(row["ours_s"]) == len(row["theirs_s"]) == rounds
+        assert all(seconds > 0 for seconds in row["ours_s"] + row["theirs_s"])
+        low, high = row["ratio_range"]
+        assert 0 < low <= row["ratio_median"] <= high
+
+
+def test_the_tokenizer_benchmark_reports_in_its_form():
+    pytest.importorskip("tokenizers")
+    report = json.loads(run("tokenizer", "--rounds", "2", "--merges", "4", "--json"))
+    tasks = ["train", "encode, new", "encode, again", "decode"]
+    check_form(report, "tokenizer", tasks, rounds=2)
+    assert report["settings"]["merges"] == 4
+
+
+def test_the_training_step_benchmark_reports_in_its_form():
+    pytest.importorskip("transformers")
+    options = ["--shape", "tiny", "--rounds", "2", "--batch-size", "2", "--seq-len", "8"]
+    report = json.loads(run("training_step", *options, "--vocab-size", "50", "--json"))
+    tasks = ["step", "step: forward", "step: backward", "step: update"]
+    check_form(report, "training_step", tasks, rounds=2)
+    for row_of_parts in zip(*(row["ours_s"] for row in report["results"])):
+        whole, *parts = row_of_parts
+        assert sum(parts) <= whole
+
+
+def test_both_models_have_the_same_parameters_and_stay_equal_while_they_learn():
+    pytest.importorskip("transformers")
+    config = training_step.config_of("tiny", seq_len=8, vocab_size=50)
+    steps = training_step.make_steps(config, 2, "cpu", torch.float32)
+    ours, theirs = (
+        sum(p.numel() for group in step.optimizer.param_groups for p in group["params"])
+        for step in steps.values()
+    )
+    assert ours == theirs
+    before = float(steps["slimlab"].loss)
+    for _ in range(20):
+        for step in steps.values():
+            step.run()
+    losses = [float(step.loss) for step in steps.values()]
+    # AdamW makes a rounding difference of a gradient near zero as large as a step.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] < before - 0.3
+
+
+def test_models_that_differ_are_refused_before_any_time_is_taken(monkeypatch):
+    pytest.importorskip("transformers")
+    original = training_step.their_model
+
+    def spoiled(ours):
+        theirs = original(ours)
+        with torch.no_grad():
+            theirs.model.layers[0].mlp.up_proj.weight.mul_(40)
+        return theirs
+
+    monkeypatch.setattr(training_step, "their_model", spoiled)
+    config = training_step.config_of("tiny", seq_len=8, vocab_size=50)
+    with pytest.raises(InputError, match="same loss"):
+        training_step.make_steps(config, 2, "cpu", torch.float32)
+
+
+def test_tokenizers_that_differ_are_refused_before_any_time_is_taken(monkeypatch):
+    pytest.importorskip("tokenizers")
+    corpus = tokenizer.Corpus("tiny", ("a rose is a rose is a rose",), (" is a rose",), "0")
+    copied = tokenizer.their_copy
+    comparisons = tokenizer.compare_encoding(corpus, 5, 1, "wall")
+    assert [one.task for one in comparisons] == ["encode, new", "encode, again", "decode"]
+
+    def copy_without_the_last_merge(ours):
+        return copied(tokenizer.Tokenizer(ours.merges[:-1]))
+
+    monkeypatch.setattr(tokenizer, "their_copy", copy_without_the_last_merge)
+    with pytest.raises(InputError, match="the same ids"):
+        tokenizer.compare_encoding(corpus, 5, 1, "wall")
+
+
+def test_rivals_take_turns_in_alternating_order_after_the_warm_up():
+    calls = []
+
+    def rival(name):
+        def prepare():
+            calls.append(f"prepare {name}")
+            return lambda: calls.append(name)
+
+        return prepare
+
+    times = take_turns({"a": rival("a"), "b": rival("b")}, rounds=3, warm_up=2)
+    assert [name for name in calls if len(name) == 1] == list("abbaabbaab")
+    assert calls[:4] == ["prepare a", "a", "prepare b", "b"]
+    assert {name: len(parts[""]) for name, parts in times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_pair_the_times_of_one_round(monkeypatch):
+    # a clock that each rival advances; the machine becomes ten times slower in the second half
+    clock = [0.0]
+    monkeypatch.setitem(common.CLOCKS, "wall", lambda: clock[0])
+    calls = {"ours": 0, "theirs": 0}
+
+    def rival(name, seconds):
+        def run():
+            slow = 10 if calls[name] >= 4 else 1
+            calls[name] += 1
+            clock[0] += seconds * slow
+            return {"part": seconds * slow / 2}
+
+        return lambda: run
+
+    whole, part = compare(
+        "work", {"ours": rival("ours", 2.0), "theirs": rival("theirs", 4.0)}, rounds=8, warm_up=0
+    )
+    assert (whole.task, part.task) == ("work", "work: part")
+    assert whole.ours_s == (2.0,) * 4 + (20.0,) * 4
+    assert whole.ratios == part.ratios == [0.5] * 8
+
+
+@pytest.mark.parametrize("count", [5, 6, 9, 21])
+def test_the_interval_of_the_median_is_the_one_of_the_binomial_distribution(count):
+    values = [float(i) for i in range(count)][::-1]
+    interval = median_interval(values)
+    if count < 6:
+        assert interval is None
+        return
+    # Chance that the true median lies outside: as few heads or tails as the rank, of all throws
+    rank = int(interval[0])
+    assert interval[1] == count - 1 - rank
+
+    def outside(rank):
+        return 2 * sum(math.comb(count, k) for k in range(rank + 1)) / 2**count
+
+    assert outside(rank) <= 0.05 < outside(rank + 1)
+
+
+def test_quartiles_and_table_show_what_was_measured():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 4.0]
+    assert quartiles([7.0]) == [7.0, 7.0]
+    comparison = Comparison("work", "ours", "theirs", (0.002, 0.004, 0.006), (0.004, 0.004, 0.004))
+    head, row = table([comparison]).splitlines()
+    assert head.split()[:4] == ["task", "ours", "theirs", "ratio"]
+    assert row.split("  ")[0] == "work"
+    assert "4 ms" in row
+    assert "1.000" in row
+    assert "0.750 to 1.250" in row
+    assert "too few rounds" in row
+
+
+def test_a_comparison_needs_two_rivals_and_a_round():
+    with pytest.raises(InputError, match="two rivals"):
+        compare("work", {"one": lambda: lambda: None}, 1)
+    with pytest.raises(InputError, match="rounds = 0"):
+        take_turns({}, 0)
