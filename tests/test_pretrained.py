@@ -16,6 +16,7 @@ from slimlab.model.families import family_config
 from slimlab.model.masks import padding_mask
 from slimlab.model.pretrained import from_pretrained, save_pretrained
 from slimlab.model.pretrained_config import read_config
+from slimlab.train.pairs import FOLLOWS, RANDOM
 
 transformers = cases.transformers
 
@@ -133,8 +134,10 @@ def test_segments_the_body_and_the_pair_head_are_berts(tmp_path):
         found = from_pretrained(tmp_path)(ids, segments=segments)
     assert_close(found.hidden, expected.hidden_states[-1], **CLOSE)
     assert_close(found.token_logits, expected.prediction_logits, **CLOSE)
-    # BERT's label 0 says that the second part follows; ours is 1.
-    assert_close(found.pair_logits.flip(-1), expected.seq_relationship_logits, **CLOSE)
+    # transformers documents 0 for a second part that follows, 1 for one that does not.
+    for ours, bert in ((FOLLOWS, 0), (RANDOM, 1)):
+        theirs_of_it = expected.seq_relationship_logits[:, bert]
+        assert_close(found.pair_logits[:, ours], theirs_of_it, **CLOSE)
 
 
 def test_every_tensor_has_a_part_in_the_logits(tmp_path):
