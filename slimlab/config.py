@@ -102,13 +102,6 @@ class ModelConfig:
         return self.feed_forward == "swiglu"
 
     def _check_choices(self) -> None:
-        rotary_pairs = self.positions != "rotary" or self.d_head % 2 == 0
-        require(
-            rotary_pairs,
-            "an even d_head for rotary positions, which turn features in pairs",
-            f"d_head = {self.d_head}",
-            'choose num_heads so that d_model / num_heads is even, or positions="learned"',
-        )
         require(
             self.positions != "sinusoidal" or self.d_model % 2 == 0,
             "an even d_model for sinusoidal positions, a sine beside each cosine",

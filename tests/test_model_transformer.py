@@ -269,5 +269,11 @@ def test_kinds_and_segments_that_do_not_fit_are_named():
         both.decode(ids_of(3, 2), both.encode(ids_of(2, 4)))
 
 
+def test_rotary_positions_need_an_even_head():
+    with pytest.raises(InputError, match="even d_head"):
+        Decoder(ModelConfig(**SIZES, d_head=5))
+    assert Decoder(ModelConfig(**SIZES, d_head=5, positions="learned"))(ids_of(1, 3)).dim() == 3
+
+
 def test_a_long_text_is_no_error_with_rotary_positions():
     assert model_of()(ids_of(1, 30)).isfinite().all()

@@ -39,7 +39,6 @@ def config(**sizes):
             "d_model": 8,
             "num_layers": 3,
             "num_heads": 4,
-            "positions": "none",  # rotary positions would need an even d_head
             **sizes,
         }
     )

@@ -83,7 +83,16 @@ def norm_of(config: ModelConfig) -> nn.Module:
 
 
 def attention_of(config: ModelConfig) -> MultiHeadAttention:
-    """Make an attention layer of the sizes in `config`."""
+    """Make an attention layer of the sizes in `config`.
+
+    Raises InputError for an odd d_head with rotary positions.
+    """
+    require(
+        config.positions != "rotary" or config.d_head % 2 == 0,
+        "an even d_head for rotary positions, which turn features in pairs",
+        f"d_head = {config.d_head}",
+        'choose num_heads so that d_model / num_heads is even, or positions="learned"',
+    )
     return MultiHeadAttention(
         config.d_model,
         config.num_heads,
