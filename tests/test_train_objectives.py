@@ -97,8 +97,10 @@ def test_a_batch_without_targets_is_refused():
     nothing = torch.full_like(targets, IGNORE)
     with pytest.raises(InputError, match="at least one target"):
         mean_loss(logits, nothing)
+    model, _ = encoder_answer()
+    unlabelled = MaskedBatch(targets, targets, labels=torch.full((B,), IGNORE))
     with pytest.raises(InputError, match="at least one target"):
-        causal_objective(lambda ids: logits, (nothing, nothing))
+        pair_objective(model, unlabelled)
 
 
 def test_a_target_outside_the_vocabulary_is_named_with_its_place():
@@ -388,7 +390,7 @@ def test_half_of_the_pairs_follow_and_the_others_come_from_another_document():
         else:
             assert e != d
     assert abs(follow - 1000) < 5 * math.sqrt(500)
-    assert {FOLLOWS, RANDOM} == {0, 1}
+    assert (RANDOM, FOLLOWS) == (0, 1)  # the order of the encoder's pair logits
 
 
 def test_neither_sentence_alone_gives_the_label_away():
@@ -541,7 +543,7 @@ def test_an_encoder_learns_hidden_tokens_and_pairs():
 
     def batch():
         pairs = sentence_pairs(
-            documents, num_pairs=16, seq_len=10, cls_id=CLS, sep_id=SEP, pad_id=PAD,
+            documents, num_pairs=32, seq_len=10, cls_id=CLS, sep_id=SEP, pad_id=PAD,
             generator=generator,
         )  # fmt: skip
         hidden = mask_tokens(
@@ -550,7 +552,7 @@ def test_an_encoder_learns_hidden_tokens_and_pairs():
         return MaskedBatch(*hidden, *pairs[1:])
 
     model = Encoder(ModelConfig(**SIZES, kind="encoder", num_segments=2))
-    losses = train(model, (batch() for _ in range(150)), masked_pair_objective, lr=5e-3)
+    losses = train(model, (batch() for _ in range(150)), masked_pair_objective, lr=2e-3)
     assert losses[0] == pytest.approx(math.log(20) + math.log(2), rel=0.1)
     test = batch()
     with torch.no_grad():

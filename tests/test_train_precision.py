@@ -92,14 +92,16 @@ def test_a_skipped_step_leaves_weights_and_state_alone():
 
 
 def test_the_factor_never_grows_beyond_float32():
-    twin = Twin(LossScaler(2.0**126, growth_interval=1))
-    theirs = Twin(torch.amp.GradScaler("cpu", 2.0**126, growth_interval=1))
+    sgd = {"optimizer_class": torch.optim.SGD}  # whose steps stay as small as the gradients
+    twin = Twin(LossScaler(2.0**126, growth_interval=1), **sgd)
+    theirs = Twin(torch.amp.GradScaler("cpu", 2.0**126, growth_interval=1), **sgd)
     for scaler_twin in (twin, theirs):
         with torch.no_grad():
             scaler_twin.param.fill_(1e-3)
-        for number in range(3):
-            scaler_twin.step(number, None)
-    assert twin.scaler.get_scale() == theirs.scaler.get_scale() == 2.0**127
+    for _ in range(3):
+        twin.step(0, None)
+        theirs.step(0, None)
+        assert twin.scaler.get_scale() == theirs.scaler.get_scale() == 2.0**127
 
 
 def test_scaling_saves_gradients_that_float16_would_lose():

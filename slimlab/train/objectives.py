@@ -6,7 +6,8 @@ Masked: tokens that were hidden (masking.py). Pairs: whether one sentence follow
 which is teacher forcing (scheduled_sampling.py weakens it).
 
 Every objective returns a sum and a count, never a mean: means over unequal counts do not average.
-Add the sums of all micro-batches, or of all ranks, and divide once by the sum of the counts.
+Add the sums of all micro-batches, or of all ranks, and divide once by the sum of the counts
+(accumulate.py). A part without any target then adds 0 to both; a whole batch without is an error.
 
 Devlin et al. 2018 (arXiv:1810.04805) for masked tokens and pairs; Vaswani et al. 2017
 (arXiv:1706.03762), section 3.1, for the shift.
@@ -35,7 +36,7 @@ class MaskedBatch(NamedTuple):
     targets   (B, T) the hidden ids, IGNORE elsewhere
     lengths   (B,) tokens of each row without its padding
     segments  (B, T) 0 in the first sentence, 1 in the second
-    labels    (B,) slimlab.train.pairs.FOLLOWS or RANDOM
+    labels    (B,) RANDOM or FOLLOWS of slimlab.train.pairs
     """
 
     inputs: Tensor
@@ -76,7 +77,8 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Raises InputError as token_loss does, and if no position counts.
     """
-    loss_sum, num_tokens = _with_targets(token_loss(logits, targets), targets)
+    loss_sum, num_tokens = token_loss(logits, targets)
+    _check_any(num_tokens, targets)
     return loss_sum / num_tokens
 
 
@@ -113,7 +115,7 @@ def causal_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
              (B, T), for rows of several documents that must not see each other
     returns  loss sum in nats, number of targets
 
-    Raises InputError if no target counts, and as token_loss does.
+    Raises InputError as token_loss does.
     Radford et al. 2018 (GPT); Touvron et al. 2023 (arXiv:2302.13971), section 2.
     """
     inputs, targets, *document_ids = batch
@@ -121,7 +123,7 @@ def causal_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
     if document_ids:
         packed["mask"] = packed_mask(document_ids[0])
         packed["positions"] = packed_positions(document_ids[0])
-    return _with_targets(token_loss(model(inputs, **packed), targets), targets)
+    return token_loss(model(inputs, **packed), targets)
 
 
 def masked_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
@@ -131,11 +133,11 @@ def masked_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
     batch    MaskedBatch, or a tuple of its first fields; labels are not used
     returns  loss sum in nats, number of hidden tokens
 
-    Raises InputError if no target counts, and as token_loss does.
+    Raises InputError as token_loss does.
     """
     batch = MaskedBatch(*batch)
     output = _encode(model, batch)
-    return _with_targets(token_loss(output.token_logits, batch.targets), batch.targets)
+    return token_loss(output.token_logits, batch.targets)
 
 
 def pair_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
@@ -163,8 +165,7 @@ def masked_pair_objective(model: nn.Module, batch: tuple) -> tuple[Tensor, int]:
     """
     batch = MaskedBatch(*batch)
     output = _encode(model, batch)
-    found = token_loss(output.token_logits, batch.targets)
-    loss_sum, num_tokens = _with_targets(found, batch.targets)
+    loss_sum, num_tokens = token_loss(output.token_logits, batch.targets)
     pair_sum, num_pairs = _pair_loss(output, batch)
     return loss_sum + pair_sum * (num_tokens / num_pairs), num_tokens
 
@@ -178,12 +179,11 @@ def sequence_objective(model: nn.Module, batch: tuple, *, start_id: int) -> tupl
     start_id  token that stands before the first one of every target
     returns   loss sum in nats, number of targets without padding
 
-    Raises InputError if no target counts, and as token_loss does.
+    Raises InputError as token_loss does.
     """
     source_ids, targets, *lengths = batch
     masked = {"source_mask": padding_mask(lengths[0], source_ids.shape[1])} if lengths else {}
-    logits = model(source_ids, shift_right(targets, start_id), **masked)
-    return _with_targets(token_loss(logits, targets), targets)
+    return token_loss(model(source_ids, shift_right(targets, start_id), **masked), targets)
 
 
 def shift_right(targets: Tensor, start_id: int) -> Tensor:
@@ -228,17 +228,18 @@ def _pair_loss(output, batch: MaskedBatch) -> tuple[Tensor, int]:
         f"{'missing' if output.pair_logits is None else 'given'}",
         "make the batch with slimlab.train.pairs, the model with num_segments=2",
     )
-    return _with_targets(token_loss(output.pair_logits, batch.labels), batch.labels)
+    loss_sum, num_pairs = token_loss(output.pair_logits, batch.labels)
+    _check_any(num_pairs, batch.labels)
+    return loss_sum, num_pairs
 
 
-def _with_targets(found: tuple[Tensor, int], targets: Tensor) -> tuple[Tensor, int]:
+def _check_any(count: int, targets: Tensor) -> None:
     require(
-        found[1] > 0,
+        count > 0,
         "a batch with at least one target",
         f"targets {tuple(targets.shape)}, all of them IGNORE ({IGNORE})",
         "leave such batches out, or check how the targets were made",
     )
-    return found
 
 
 def _check_targets(logits: Tensor, targets: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slimlab.config import check_number, check_size, require
 
-FOLLOWS, RANDOM = 0, 1  # BERT's labels, and so the order of its two pair logits
+RANDOM, FOLLOWS = 0, 1  # the order of an Encoder's two pair logits; BERT's files have the other
 
 Documents = Sequence[Sequence[Sequence[int]]]
 
@@ -36,7 +36,7 @@ class SentencePairs(NamedTuple):
     ids       (N, T) token ids
     lengths   (N,) tokens without padding
     segments  (N, T) 0 up to the first [SEP], 1 from b to the second, 0 in the padding
-    labels    (N,) FOLLOWS or RANDOM
+    labels    (N,) RANDOM (0) or FOLLOWS (1)
     """
 
     ids: Tensor
