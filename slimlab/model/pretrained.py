@@ -19,7 +19,13 @@ from slimlab.config import InputError, ModelConfig, check_size, require
 from slimlab.model.build import build_model
 from slimlab.model.checks import FLOATS
 from slimlab.model.encoder import Encoder
-from slimlab.model.pretrained_config import family_of, family_to_write, read_config, write_config
+from slimlab.model.pretrained_config import (
+    family_of,
+    family_to_write,
+    in_their_words,
+    read_config,
+    write_config,
+)
 from slimlab.model.pretrained_files import (
     CONFIG,
     StoredTensor,
@@ -75,10 +81,13 @@ def from_pretrained(
     )
     theirs = read_config_json(folder)
     source = os.path.join(folder, CONFIG)
-    family = READ[family_of(theirs, source)]
-    config = read_config(theirs, source, ignore)
-    with torch.device("meta"):  # shapes without numbers: nothing is drawn that is replaced at once
-        model = build_model(config)
+    name = family_of(theirs, source)
+    family, config = READ[name], read_config(theirs, source, ignore)
+    try:
+        with torch.device("meta"):  # shapes without numbers: none is drawn to be replaced at once
+            model = build_model(config)
+    except InputError as error:
+        raise in_their_words(error, name, source) from error
     stored = find_tensors(folder)
     rows = rows_of(family, config, theirs)
     matched = match_tensors(family, rows, model, stored, str(folder), ignore)

@@ -72,7 +72,7 @@ def read_config(theirs: dict, source: str, ignore: Sequence[str] = ()) -> ModelC
     try:
         return ModelConfig(**{**FAMILIES[name], **values})
     except InputError as error:
-        raise _in_their_words(error, family, source) from error
+        raise in_their_words(error, name, source) from error
 
 
 def _flat_rope(theirs: dict, source: str) -> dict:
@@ -125,7 +125,14 @@ def _check_keys(family: FamilyFiles, theirs: dict, source: str, ignore: Sequence
     )
 
 
-def _in_their_words(error: InputError, family: FamilyFiles, source: str) -> InputError:
+def in_their_words(error: InputError, name: str, source: str) -> InputError:
+    """Return an error about our settings with the file and the keys that they came from.
+
+    error   names fields of ModelConfig
+    name    a key of READ
+    source  where the settings come from
+    """
+    family = READ[name]
     said = f"{error.asked} {error.given}"
     keys = [f"{r.ours} is {r.theirs}" for r in family.fields if re.search(rf"\b{r.ours}\b", said)]
     change = f"{error.change}; in that file {', '.join(keys)}" if keys else error.change

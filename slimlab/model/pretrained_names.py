@@ -262,7 +262,8 @@ BERT = FamilyFiles(
         *_both("token_norm", "cls.predictions.transform.LayerNorm", part="token head"),
         TensorRow("token_bias", "cls.predictions.bias", part="token head"),
         *_both("pooler", "bert.pooler.dense", part="pooler"),
-        *_both("pair_head", "cls.seq_relationship", part="pair head"),
+        # Theirs scores "follows" first, ours "does not follow".
+        *_both("pair_head", "cls.seq_relationship", "reversed", part="pair head"),
     ),
     tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

@@ -46,6 +46,7 @@ FORMS = {
         lambda x, count: [_transposed(part) for part in x.chunk(count, dim=-1)],
         lambda parts: torch.cat([_transposed(part) for part in parts], dim=-1),
     ),
+    "reversed": TensorForm(lambda x, count: [x.flip(0)], lambda parts: parts[0].flip(0)),
 }
 
 
