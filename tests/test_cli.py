@@ -11,9 +11,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from slimlab import __version__, cli
+from slimlab import __version__
 from slimlab.classroom import runner
 from slimlab.cli import main
+from slimlab.commands.book import title_of
 
 from classroom_cases import GOOD_BAND, GOOD_MEAN, SAMPLE, write_notebook  # isort: skip
 
@@ -260,4 +261,4 @@ def test_help_does_not_wait_for_torch():
 def test_the_title_of_what_is_no_notebook_says_so(tmp_path):
     path = tmp_path / "x.ipynb"
     path.write_text("{")
-    assert cli.title_of(path) == "(not a notebook)"
+    assert title_of(path) == "(not a notebook)"

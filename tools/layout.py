@@ -19,6 +19,7 @@ ORDER = [
     "classroom",
     "demos",
     "doctor",
+    "commands",
     "cli",
 ]
 # Packages that only some rooms may import: a reader of the others needs not have them.

@@ -61,7 +61,7 @@ def problem_of(path: Path) -> str | None:
     try:
         state = read_json(path / "state.json")
     except InputError as error:
-        return error.given
+        return error.given.removeprefix(f"{path}{os.sep}")
     if state.get("format") != FORMAT:
         return "state.json is not that of a checkpoint"
     if not isinstance(state.get("version"), int) or state["version"] > VERSION:
@@ -148,10 +148,10 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(asked, f"{path.name} is missing", change) from error
+        raise InputError(asked, f"{path} is missing", change) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(asked, f"{path.name} cannot be read: {error}", change) from error
-    require(isinstance(content, dict), asked, f"{path.name}: a {type(content).__name__}", change)
+        raise InputError(asked, f"{path} cannot be read: {error}", change) from error
+    require(isinstance(content, dict), asked, f"{path}: a {type(content).__name__}", change)
     return content
 
 

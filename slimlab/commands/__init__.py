@@ -1,0 +1,1 @@
+"""The commands of `slimlab`, which slimlab.cli puts together."""

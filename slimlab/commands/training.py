@@ -1,0 +1,213 @@
+"""`slimlab train` and `slimlab generate`: a text into a model, a model into text.
+
+Chapter 05 uses them. Production trainers read their many settings from files and log to a service.
+"""
+
+import json
+import sys
+import time
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slimlab.config import TrainingConfig
+from slimlab.train import recipe
+
+if TYPE_CHECKING:
+    from slimlab.train.text_model import TextModel
+
+MODEL, TRAINING = recipe.MODEL, recipe.TRAINING
+SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "dropout")
+
+
+def number(name: str, kind: type, default: object, text: str):
+    """Make an option that takes a number and shows its default.
+
+    name     as it is typed
+    kind     int or float
+    default  None shows none
+    text     what it means
+    """
+    shown = default is not None
+    return click.option(name, type=kind, default=default, show_default=shown, help=text)
+
+
+@click.command()
+@click.argument("texts", nargs=-1, type=click.Path(path_type=Path), metavar="[TEXT]...")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/mine", show_default=True,
+              help="Folder of the run: checkpoints, history, tokenizer.")  # fmt: skip
+@number("--steps", int, TRAINING["num_steps"], "Updates of the weights.")
+@number("--batch-size", int, TRAINING["batch_size"], "Sequences of an update.")
+@number("--micro-batch-size", int, None, "Sequences in memory at a time; default: all.")
+@number("--seq-len", int, MODEL["seq_len"], "Tokens of a sequence.")
+@number("--d-model", int, MODEL["d_model"], "Width.")
+@number("--num-layers", int, MODEL["num_layers"], "Blocks.")
+@number("--num-heads", int, MODEL["num_heads"], "Attention heads.")
+@number("--num-kv-heads", int, None, "Key/value heads; default: num-heads.")
+@number("--vocab-size", int, recipe.VOCAB_SIZE, "Tokens at most.")
+@number("--dropout", float, MODEL["dropout"], "Part of the features set to 0.")
+@number("--lr", float, TRAINING["peak_lr"], "Highest learning rate.")
+@number("--warmup-steps", int, None, "Updates until then; default: a twentieth.")
+@number("--weight-decay", float, TRAINING["weight_decay"], "Of matrices.")
+@number("--seed", int, TRAINING["seed"], "Of weights, batches and dropout.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16", "float16"]),
+              default="float32", show_default=True, help="Of matrix products.")  # fmt: skip
+@click.option("--recompute", type=click.Choice(["none", "block"]), default="none",
+              show_default=True, help="block: less memory, a third more work.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@number("--validate-every", int, 100, "Steps between measurements on held-out text.")
+@number("--save-every", int, 100, "Steps between checkpoints.")
+@number("--keep-checkpoints", int, 2, "So many stay.")
+@number("--held-out", float, recipe.HELD_OUT_FRACTION, "Part of the text to measure by.")
+@number("--max-bytes", int, None, "Take so much of the text, from the front.")
+@click.option("--resume/--no-resume", default=True, show_default=True,
+              help="Go on with the run in --out, or refuse a folder that holds one.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **given):
+    """Train a model on TEXT: files, folders or JSON lines; on the book's own text without one.
+
+    \b
+    The same command goes on where the last one ended, by Ctrl-C, kill -9 or a full disk; with other
+    settings it refuses and says which differ.
+    Examples:
+      slimlab train                                the model of the book, into runs/mine
+      slimlab train notes/ --out runs/notes        on the texts in a folder
+      slimlab train a.jsonl.zst --max-bytes 5000000 --d-model 256 --steps 2000 --out runs/big
+      slimlab train --device cuda --precision bfloat16 --batch-size 64 --out runs/gpu
+    \f
+
+    texts    files and folders
+    out      folder of the run
+    resume   go on with what is there
+    as_json  print JSON
+    given    the sizes and settings
+    """
+    from slimlab.train.interrupts import Interrupted
+    from slimlab.train.text_model import train_on_text
+
+    shown = sys.stderr.isatty()
+    corpus = _corpus(texts, given["held_out"], given["max_bytes"])
+    click.echo(corpus.describe(), err=True)
+    start_s = time.perf_counter()
+    try:
+        trained = train_on_text(
+            corpus,
+            out,
+            _training_config(given),
+            vocab_size=given["vocab_size"],
+            sizes={name: given[name] for name in SIZES},
+            residual=recipe.RESIDUAL,
+            resume=resume,
+            show=shown,
+            say=partial(click.echo, err=True),
+            watch=None if shown else _print_line,
+        )
+    except Interrupted as stop:
+        click.echo(f"slimlab: {stop}", err=True)
+        sys.exit(128 + stop.signal_number)
+    _print_result(trained, out, time.perf_counter() - start_s, as_json)
+
+
+def _corpus(texts: tuple[Path, ...], held_out: float, max_bytes: int | None):
+    from slimlab.text.corpus import corpus_from, reference_corpus
+    from slimlab.text.sources import read_documents
+
+    if not texts and max_bytes is None:
+        return reference_corpus(held_out_fraction=held_out)
+    documents = (text for path in texts for text in read_documents(path))
+    if not texts:
+        documents = reference_corpus(held_out_fraction=0).train
+    name = ", ".join(path.name for path in texts) or "english"
+    return corpus_from(documents, name, held_out, max_bytes)
+
+
+def _training_config(given: dict) -> TrainingConfig:
+    names = {one.name for one in fields(TrainingConfig)} & set(given)
+    return TrainingConfig(
+        num_steps=given["steps"], peak_lr=given["lr"], **{name: given[name] for name in names}
+    )
+
+
+def _print_line(record: dict) -> None:
+    """A line where a bar would be noise: in a file, at each measurement."""
+    if "validation_loss" in record:
+        click.echo(
+            f"step {record['step']}: loss {record['loss']:.3f}, "
+            f"held out {record['validation_loss']:.3f}",
+            err=True,
+        )
+
+
+def _print_result(trained: "TextModel", out: Path, seconds: float, as_json: bool) -> None:
+    from slimlab.model.transformer import device_of, num_params
+
+    history = trained.history
+    result = {
+        "folder": str(out),
+        "steps": history.steps[-1] if history.steps else None,
+        "num_params": num_params(trained.model),
+        "vocab_size": trained.tokenizer.vocab_size,
+        "device": str(device_of(trained.model)),
+        "seconds": round(seconds, 3),
+        "loss": history.losses[-1] if history.losses else None,
+        "held_out_loss": history.validation[-1][1] if history.validation else None,
+        "held_out_bits_per_byte": trained.bits_per_byte,
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    measured = trained.bits_per_byte
+    held_out = f"{measured:.3f} bits per byte of the held-out text, " if measured else ""
+    click.echo(
+        f"{out}: {result['num_params']:,} parameters, {result['steps']} steps on "
+        f"{result['device']}, {held_out}{seconds:.0f} s"
+    )
+    click.echo(f'let it write: slimlab generate {out} --prompt "The"')
+
+
+@click.command()
+@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.option("--prompt", default="The", show_default=True, help="How the text begins; '' too.")
+@number("--max-new-tokens", int, 100, "Tokens to add at most.")
+@number("--temperature", float, 0.8, "0 takes the likeliest token, 1 draws as the model says.")
+@number("--top-k", int, None, "Draw from so many likeliest tokens only.")
+@number("--top-p", float, None, "Draw from the likeliest that have this probability together.")
+@number("--seed", int, 0, "Of the draws: the same text every time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print prompt and text as JSON.")
+def generate(source: Path | None, prompt: str, device: str, as_json: bool, **given):
+    """Let the model in SOURCE continue a text; without SOURCE the model of the book.
+
+    \b
+    SOURCE is the folder of a run, one of its checkpoints, or a folder of save_pretrained with the
+    run's tokenizer.json beside the weights. The first call without SOURCE trains for about 90 s.
+    Examples:
+      slimlab generate --prompt "The value of"
+      slimlab generate runs/mine --prompt "A list is" --max-new-tokens 200
+      slimlab generate runs/mine/step_00000300 --temperature 0
+      slimlab generate runs/mine --temperature 1 --top-p 0.9 --seed 7
+    \f
+
+    source   where the model lies
+    prompt   how the text begins
+    device   where to compute
+    as_json  print JSON
+    given    max_new_tokens, temperature, top_k, top_p and seed
+    """
+    from slimlab.train.text_model import TextModel, continue_text, load_text_model
+
+    if source is None:
+        from slimlab.train.reference import reference_model
+
+        found = reference_model()
+        trained = TextModel(found.model, found.tokenizer, "the model of the book")
+    else:
+        trained = load_text_model(source, device)
+    text = continue_text(trained, prompt, **given)
+    if as_json:
+        click.echo(json.dumps({"source": trained.source, "prompt": prompt, "text": text}))
+    else:
+        click.echo(text)

@@ -1,0 +1,240 @@
+"""From a text to a trained model in a folder, and from the folder back to a model that writes.
+
+    runs/mine/tokenizer.json   merges learned from the text
+              history.jsonl    a record per step
+              step_00000600/   a checkpoint
+
+`slimlab train` and `slimlab generate` are these two functions; chapter 05 uses them.
+Production keeps tokenizing and training apart: the ids of a corpus are made once, for many runs.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slimlab.config import InputError, ModelConfig, TrainingConfig, require
+from slimlab.model.build import build_model
+from slimlab.model.generation import generate
+from slimlab.model.initialise import initialise
+from slimlab.model.pretrained import from_pretrained
+from slimlab.model.transformer import device_of
+from slimlab.text.corpus import Corpus
+from slimlab.text.progress import progress
+from slimlab.text.tokenizer import Tokenizer
+from slimlab.train.checkpoint import load_checkpoint
+from slimlab.train.checkpoint_folder import checkpoints_in, find_checkpoint, read_json
+from slimlab.train.device import choose_device
+from slimlab.train.history import History
+from slimlab.train.loop import train
+from slimlab.train.metrics import held_out_loss
+from slimlab.train.objectives import bits_per_byte
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model and the tokenizer that it was trained with.
+
+    model          a Decoder
+    tokenizer      its vocabulary is the model's
+    source         where both come from
+    history        of the training, if it was now
+    bits_per_byte  on the held-out text, if it was measured
+    """
+
+    model: nn.Module = field(repr=False)
+    tokenizer: Tokenizer
+    source: str
+    history: History = field(default_factory=History, repr=False)
+    bits_per_byte: float | None = None
+
+
+def train_on_text(
+    corpus: Corpus,
+    folder: str | os.PathLike,
+    config: TrainingConfig,
+    *,
+    vocab_size: int,
+    sizes: dict,
+    residual: str = "scaled",
+    resume: bool = True,
+    show: bool = True,
+    say: Callable[[str], None] = print,
+    watch: Callable[[dict], None] | None = None,
+) -> TextModel:
+    """Learn a vocabulary from a corpus and train a decoder on it; or go on with that.
+
+    corpus      documents to train on and to measure by
+    folder      of the run; what it holds must be the same run
+    config      a TrainingConfig; its seed also draws the first weights
+    vocab_size  tokens at most; a small text has fewer pairs to merge
+    sizes       d_model, num_layers and what else ModelConfig takes, but vocab_size
+    residual    as in slimlab.model.initialise
+    resume, show, say, watch  as in slimlab.train.loop.train
+    returns     a TextModel with bits per byte of the held-out text
+
+    Raises InputError as train does, and for another corpus or vocabulary than the folder's.
+    """
+    folder = Path(folder)
+    require(
+        type(vocab_size) is int and vocab_size > 256,
+        "vocab_size of at least 257: 256 bytes and a token that ends a text",
+        f"vocab_size = {vocab_size!r}",
+        "take 1024",
+    )
+    tokenizer = _tokenizer_for(corpus, folder, vocab_size - 257, show)
+    model_config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        model = initialise(build_model(model_config), residual=residual, seed=config.seed)
+    history = train(
+        model,
+        encode_documents(tokenizer, corpus.train),
+        config,
+        held_out=encode_documents(tokenizer, corpus.held_out) if corpus.held_out else None,
+        run_folder=folder,
+        resume=resume,
+        notes={"text": corpus.fingerprint, "vocab_size": vocab_size, "residual": residual},
+        show=show,
+        say=say,
+        watch=watch,
+    )
+    measured = held_out_bits_per_byte(model, tokenizer, corpus) if corpus.held_out else None
+    return TextModel(model, tokenizer, str(folder), history, measured)
+
+
+def _tokenizer_for(corpus: Corpus, folder: Path, num_merges: int, show: bool) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    # Beside a checkpoint lies the tokenizer of its ids; train refuses if it is of another text.
+    if path.exists() and checkpoints_in(folder):
+        return Tokenizer.load(path)
+    bar = progress if show else None
+    tokenizer = Tokenizer.train(corpus.train, num_merges, (END_OF_TEXT,), bar)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        given = f"{folder}: {error.strerror}"
+        raise InputError("a folder for the run", given, "choose another folder") from error
+    tokenizer.save(path)
+    return tokenizer
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Tensor:
+    """Encode documents into one sequence, with the token that ends a text before and after each.
+
+    tokenizer  has the special token "<|endoftext|>"
+    documents  texts; a special token spelled out in one is encoded as the letters that it is
+    returns    (N,) int64; every token of a document, and its end, has something to be predicted
+               from
+    """
+    end_id = tokenizer.token_id(END_OF_TEXT)
+    ids = [end_id]
+    for text in documents:
+        ids += [*tokenizer.encode(text, allow_special=False), end_id]
+    return torch.tensor(ids)
+
+
+def held_out_bits_per_byte(model: nn.Module, tokenizer: Tokenizer, corpus: Corpus) -> float:
+    """Measure the bits that the model needs for a byte of the held-out documents, ends included.
+
+    model      a Decoder, trained on encode_documents
+    tokenizer  its own
+    corpus     with held-out documents
+    returns    bits per byte
+    """
+    ids = encode_documents(tokenizer, corpus.held_out)
+    loss = held_out_loss(model, ids, model.config.seq_len, batch_size=16)
+    return bits_per_byte(loss * (len(ids) - 1), corpus.held_out_bytes)
+
+
+def load_text_model(path: str | os.PathLike, device: str | torch.device = "auto") -> TextModel:
+    """Load a model and its tokenizer from where `train_on_text` or `save_pretrained` put them.
+
+    path     the folder of a run, of which the newest whole checkpoint is taken; one checkpoint; or
+             a folder in the form of `transformers`. A tokenizer.json of this book lies in it, or,
+             for a checkpoint, beside it
+    device   "auto", or PyTorch's name of one
+    returns  a TextModel in evaluation mode
+
+    Raises InputError that says what is missing, damaged or does not fit.
+    """
+    path = Path(path)
+    config = path / "config.json"
+    if config.is_file() and "model_type" in read_json(config):
+        model, source = from_pretrained(path), path
+    else:
+        source = find_checkpoint(path)
+        model = _model_of(source)
+    tokenizer = Tokenizer.load(_beside(source, "tokenizer.json"))
+    require(
+        tokenizer.vocab_size == model.config.vocab_size,
+        f"a tokenizer of {model.config.vocab_size} tokens, as many as the model has",
+        f"{source}: one of {tokenizer.vocab_size}",
+        "put the tokenizer.json beside it with which it was trained",
+    )
+    return TextModel(model.to(choose_device(device)).eval(), tokenizer, str(source))
+
+
+def _model_of(checkpoint: Path) -> nn.Module:
+    stored = read_json(checkpoint / "config.json").get("model")
+    try:
+        config = ModelConfig(**stored)
+    except TypeError as error:
+        raise InputError(
+            "the configuration of a model of this book",
+            f"{checkpoint / 'config.json'}: {error}",
+            "load it with the version of slimlab that wrote it (state.json says which), or into a "
+            "model of your own: slimlab.train.checkpoint.load_checkpoint(path, model)",
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config)
+    load_checkpoint(checkpoint, model)
+    return model
+
+
+def _beside(path: Path, name: str) -> Path:
+    inside = path / name
+    return inside if inside.exists() else path.resolve().parent / name
+
+
+def continue_text(
+    trained: TextModel,
+    prompt: str,
+    max_new_tokens: int = 100,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> str:
+    """Let a model continue a text until it ends it or has written enough.
+
+    trained         as load_text_model returns it
+    prompt          the beginning; of an empty one the model begins a text of its own
+    max_new_tokens  tokens to add at most
+    temperature, top_k, top_p, seed  as in slimlab.model.generation.generate
+    returns         prompt and continuation
+
+    Raises InputError as generate does.
+    """
+    tokenizer = trained.tokenizer
+    ends = END_OF_TEXT in tokenizer.special_tokens
+    stop_id = tokenizer.token_id(END_OF_TEXT) if ends else None
+    ids = tokenizer.encode(prompt, allow_special=False)
+    require(
+        bool(ids) or ends,
+        "a prompt of at least one token, since this tokenizer has none that begins a text",
+        "an empty prompt",
+        'give prompt="The"',
+    )
+    begun = torch.tensor([ids or [stop_id]], device=device_of(trained.model))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    found = generate(trained.model, begun, max_new_tokens, seed=seed, stop_id=stop_id, **options)
+    written = found[0, len(ids or [stop_id]) :].tolist()
+    if stop_id in written:
+        written = written[: written.index(stop_id)]
+    return tokenizer.decode(ids + written)
