@@ -492,6 +492,18 @@ def test_scheduled_sampling_trains_the_second_pass_only():
     torch.testing.assert_close(teacher, causal_objective(model, (inputs, targets))[0])
 
 
+def test_the_first_pass_of_scheduled_sampling_keeps_nothing_for_a_backward_pass():
+    keeps = []
+
+    def model(ids):
+        keeps.append(torch.is_grad_enabled())
+        return certain(ids)
+
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    scheduled_objective(model, (ids, ids), own_fraction=0.5, generator=draws())
+    assert keeps == [False, True]
+
+
 def test_scheduled_sampling_refuses_shares_and_shapes_that_do_not_fit():
     inputs = torch.zeros(B, T, dtype=torch.int64)
     for fraction in (-0.1, 1.1, math.nan):
