@@ -3,6 +3,7 @@
 Chapters write `from slimlab import show` and call `show.attention_map(...)`.
 """
 
+from slimlab.show.architecture import framed_figure, mask_panels
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
@@ -17,10 +18,12 @@ __all__ = [
     "box_figure",
     "curves",
     "flow_figure",
+    "framed_figure",
     "heads_figure",
     "lanes_figure",
     "ledger_figure",
     "mask_figure",
+    "mask_panels",
     "matrix_product_figure",
     "progress",
     "show_source",
