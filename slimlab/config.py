@@ -168,6 +168,7 @@ class TrainingConfig:
     betas             how much of their past AdamW's averages of gradients and squares keep
     clip_norm         longest gradient that is applied as it is; None: no clipping
     optimizer         "adamw" (PyTorch's, fused), "adamw_own" (written in this book) or "sgd"
+                      (momentum 0.9)
     precision         of matrix products: "float32", "bfloat16" or "float16"
     recompute         "none", or "block": blocks forget their activations, and the backward pass
                       computes them again

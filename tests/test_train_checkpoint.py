@@ -6,11 +6,11 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 
 import pytest
 import torch
 from torch import nn
+from training_cases import small_disk
 
 from slimlab.config import InputError, ModelConfig
 from slimlab.model import tensor_files
@@ -340,17 +340,10 @@ def test_a_file_that_may_not_grow_is_a_full_disk_too(saved):
 
 
 def test_a_disk_that_is_really_full(saved, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may not mount a small disk")
-    try:
+    with small_disk(tmp_path, "128k") as disk:
         for step in (10, 20):
             shutil.copytree(saved / f"step_000000{step}", disk / f"step_000000{step}")
         assert_refused_for_lack_of_space(disk, nn.Linear(300, 300), "No space left on device")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

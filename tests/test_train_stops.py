@@ -4,15 +4,17 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from training_cases import HELD_OUT, TEXT, quiet, same, small_model, small_run, weights
+from training_cases import HELD_OUT, TEXT, quiet, same, small_disk, small_model, small_run, weights
 
 from slimlab.config import InputError
 from slimlab.train import checkpoint, interrupts, run
@@ -296,6 +298,34 @@ def test_a_disk_that_fills_up_stops_the_run_and_leaves_the_last_good_checkpoint(
     assert f"last good checkpoint is {tmp_path / 'step_00000004'}" in caught.value.given
     quiet(cut, TEXT, small_run(save_every=4), run_folder=tmp_path)
     assert torch.equal(weights(cut), weights(whole))
+
+
+@pytest.mark.parametrize("size", ["60k", "100k", "200k"])
+def test_a_disk_that_is_really_full_stops_the_run_and_it_goes_on_elsewhere(tmp_path, size):
+    whole, cut, again = small_model(), small_model(), small_model(seed=3)
+    config = small_run(save_every=1, keep_checkpoints=3)
+    quiet(whole, TEXT, config)
+    with small_disk(tmp_path, size) as disk:
+        with pytest.raises(InputError, match="No space left .*; the last good"):
+            quiet(cut, TEXT, config, run_folder=disk / "run")
+        shutil.copytree(disk / "run", tmp_path / "moved")
+    quiet(again, TEXT, config, run_folder=tmp_path / "moved")
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_disk_that_fills_up_between_checkpoints_stops_the_run_with_a_message(tmp_path):
+    def fill(record):
+        if record["step"] == 3:
+            with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+
+    config = small_run(num_steps=60)  # so many lines do not fit into the block that the file has
+    with small_disk(tmp_path, "200k") as disk:
+        with pytest.raises(InputError, match="history.jsonl: No space left.*checkpoints are"):
+            quiet(small_model(), TEXT, config, run_folder=disk / "run", watch=fill)
+        assert latest(disk / "run").name == "step_00000000"
+        assert 3 < len(read_history(disk / "run").steps) < 60
 
 
 def test_two_processes_cannot_train_into_one_folder(tmp_path):

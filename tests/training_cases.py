@@ -1,5 +1,10 @@
 """A small model, a small text and a small run, for the tests of training."""
 
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 from slimlab.config import ModelConfig, TrainingConfig
@@ -26,6 +31,20 @@ def small_run(**changes):
 
 def quiet(*arguments, **options):
     return train(*arguments, **{"say": lambda _: None} | options)
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A disk that is soon full; skips where the user may not mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def weights(model):

@@ -197,13 +197,15 @@ def generate(source: Path | None, prompt: str, device: str, as_json: bool, **giv
     as_json  print JSON
     given    max_new_tokens, temperature, top_k, top_p and seed
     """
+    from slimlab.train.device import choose_device
     from slimlab.train.text_model import TextModel, continue_text, load_text_model
 
     if source is None:
         from slimlab.train.reference import reference_model
 
         found = reference_model()
-        trained = TextModel(found.model, found.tokenizer, "the model of the book")
+        model = found.model.to(choose_device(device))
+        trained = TextModel(model, found.tokenizer, "the model of the book")
     else:
         trained = load_text_model(source, device)
     text = continue_text(trained, prompt, **given)

@@ -24,8 +24,9 @@ def choose_device(
     """
     names = _available()
     if device == "auto":
-        lies_on = next(iter(model.parameters())).device if model is not None else None
-        return lies_on if lies_on is not None and lies_on.type in ("cuda", "mps") else names[0]
+        first = next(iter(model.parameters()), None) if model is not None else None
+        on_accelerator = first is not None and first.device.type in ("cuda", "mps")
+        return first.device if on_accelerator else names[0]
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -9,9 +9,12 @@ Production sends such records to a service with plots for many people.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slimlab.config import InputError
 from slimlab.text.files import write_atomically
 
 
@@ -72,7 +75,7 @@ class HistoryFile:
 
     def __init__(self, path: Path | None, start: int):
         self.earlier = _read(path, start) if path else []
-        self._file = None
+        self._file, self._path = None, path
         if path is not None:
             lines = "".join(json.dumps(record) + "\n" for record in self.earlier)
             write_atomically(path, lines.encode())
@@ -82,20 +85,36 @@ class HistoryFile:
         """Write one line.
 
         record  what JSON can hold
+
+        Raises InputError if the disk is full.
         """
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with self._full_disk_told():
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines are on the disk: before the checkpoint that counts on them."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with self._full_disk_told():
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take was told by append
+                self._file.close()
+
+    @contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                "a history that can be written",
+                f"{self._path}: {error.strerror or error}; checkpoints are as they were",
+                "make room on the disk; the same call then goes on from the last checkpoint",
+            ) from error
 
 
 def read_history(path: str | os.PathLike) -> History:

@@ -107,7 +107,7 @@ class _Report:
         self.file = HistoryFile(folder and folder / "history.jsonl", run.step)
         self.history = History(self.file.earlier)
         self.bar = progress_bar("training", run.config.num_steps, run.step, show)
-        self.watch = watch
+        self.watch, self.measured = watch, ""
 
     def __enter__(self) -> "_Report":
         return self
@@ -119,10 +119,19 @@ class _Report:
     def note(self, record: dict) -> None:
         self.history.records.append(record)
         self.file.append(record)
-        self.bar.set_postfix_str(_status(self.history), refresh=False)
+        if "validation_loss" in record:
+            self.measured = f", held out {record['validation_loss']:.3f}"
+        self.bar.set_postfix_str(self.status(), refresh=False)
         self.bar.update()
         if self.watch is not None:
             self.watch(record)
+
+    def status(self) -> str:
+        recent = self.history.records[-20:]
+        seconds = sum(record["seconds"] for record in recent)
+        speed = sum(record["num_tokens"] for record in recent) / max(seconds, 1e-9)
+        loss = sum(record["loss"] for record in recent) / len(recent)
+        return f"loss {loss:.3f}{self.measured}, {speed:,.0f} tokens/s"
 
 
 def _is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
@@ -146,16 +155,6 @@ def _validate(run: Run, held_out: object) -> float:
         return loss_sum / num_tokens
     batch_size = config.micro_batch_size or config.batch_size
     return held_out_loss(run.model, held_out, config.seq_len, batch_size)
-
-
-def _status(history: History) -> str:
-    recent = history.records[-20:]
-    seconds = sum(record["seconds"] for record in recent)
-    speed = sum(record["num_tokens"] for record in recent) / max(seconds, 1e-9)
-    loss = sum(record["loss"] for record in recent) / len(recent)
-    held_out = history.validation[-1:]
-    measured = f", held out {held_out[0][1]:.3f}" if held_out else ""
-    return f"loss {loss:.3f}{measured}, {speed:,.0f} tokens/s"
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Run:
         self.device = choose_device(config.device, model)
         self.model = model.to(self.device)
         self.config, self.objective, self.step = config, objective, 0
-        narrow = [name for name, p in model.named_parameters() if torch.finfo(p.dtype).bits < 32]
+        narrow = [name for name, p in model.named_parameters() if p.itemsize < 4]
         require(
             not narrow,
             "parameters of at least 32 bits",
@@ -222,7 +222,7 @@ def _describe(
         "notes": notes or {},
     }
     if not callable(data):
-        described["data"] = hashlib.sha256(data.cpu().numpy().tobytes()).hexdigest()[:12]
+        described["data"] = hashlib.sha256(data.cpu().contiguous().numpy()).hexdigest()[:12]
     return described
 
 

@@ -6,7 +6,7 @@ configuration in a service where runs can be compared.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slimlab.config import InputError, require
@@ -91,5 +91,6 @@ def _lock(handle: int, folder: Path) -> None:
         ) from error
     except OSError:  # a network file system without locks
         return
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    with suppress(OSError):  # on a full disk the lock holds, but tells no number
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)

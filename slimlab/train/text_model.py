@@ -109,11 +109,18 @@ def train_on_text(
 
 def _tokenizer_for(corpus: Corpus, folder: Path, num_merges: int, show: bool) -> Tokenizer:
     path = folder / "tokenizer.json"
+    there = Tokenizer.load(path) if path.exists() else None
     # Beside a checkpoint lies the tokenizer of its ids; train refuses if it is of another text.
-    if path.exists() and checkpoints_in(folder):
-        return Tokenizer.load(path)
+    if there is not None and checkpoints_in(folder):
+        return there
     bar = progress if show else None
     tokenizer = Tokenizer.train(corpus.train, num_merges, (END_OF_TEXT,), bar)
+    require(
+        there in (None, tokenizer),
+        "a folder without a tokenizer, or with that of this text",
+        f"{path}, of another text or vocabulary",
+        "choose another folder",
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
