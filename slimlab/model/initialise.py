@@ -8,7 +8,8 @@ Chapter 03 follows a signal through untrained blocks. Three rules:
   every block begins as the identity ("zero").
 * Biases are zero, gains one.
 With sinusoidal positions, whose values reach 1, the tables are drawn with 1/sqrt(D) instead, since
-they are multiplied by sqrt(D) before the sum.
+they are multiplied by sqrt(D) before the sum. A tied table then begins by expecting the present
+token again, and the first loss lies above ln V.
 
 A table of PyTorch's default scale, standard deviation 1, would drown what the layers add: see
 chapter 05's evidence. Production large models also scale by width (muP, arXiv:2203.03466).

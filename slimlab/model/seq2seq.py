@@ -22,7 +22,9 @@ class EncoderDecoder(nn.Module):
     config  kind is "encoder_decoder": num_layers blocks in each half, one vocabulary for both
 
     Its parts are embedding (of both texts), encoder_blocks, encoder_norm, blocks (with
-    cross-attention), final_norm and lm_head; the norms with norm_place "pre" only.
+    cross-attention), final_norm and lm_head; the norms with norm_place "pre" only. Rotary positions
+    turn self-attention only: a target cannot ask for "the fifth of the source", so tasks such as
+    reversing need learned or sinusoidal positions.
 
     Raises InputError for another kind of configuration.
     Vaswani et al. 2017, section 3.
