@@ -17,8 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-
-import torch
+from importlib.metadata import version
 
 from slimlab.config import check_size, require
 
@@ -166,7 +165,7 @@ def environment(given: argparse.Namespace) -> dict:
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }
 
 

@@ -4,15 +4,30 @@
 
 Training: 768 merges by default; each learns its own, which part at the first tie. Encoding and
 decoding, document by document: both under our merges, and the ids are compared before the clock
-starts. "new" is a tokenizer that has seen no text, "again" one that has encoded this text before:
-both keep a cache. `tokenizers` is called by its fastest way to ids, encode_batch_fast, which leaves
-out the offsets of the tokens that encode computes.
+starts. "encode" is by a tokenizer that has encoded this text before, "encode, new" by one that has
+seen no text: both keep a cache. `tokenizers` is called by its fastest way to ids,
+encode_batch_fast, which leaves out the offsets of the tokens that encode computes.
+
+It becomes slower as the memory of its process is scattered, by other tokenizers for instance (by
+half after six of them), so each task has a process of its own, and "encode, new" one per round.
 """
 
+import argparse
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.common import Comparison, compare, environment, parser, refuse_without, report
+from benchmarks.common import (
+    Comparison,
+    Prepare,
+    compare,
+    environment,
+    parser,
+    refuse_without,
+    report,
+)
 from slimlab.config import require
 from slimlab.text.corpus import Corpus, reference_corpus
 from slimlab.text.tokenizer import Tokenizer
@@ -63,58 +78,104 @@ def their_copy(ours: Tokenizer):
     return theirs
 
 
-def compare_training(corpus: Corpus, num_merges: int, rounds: int, clock: str) -> list[Comparison]:
-    """Time both trainings on corpus.train.
-
-    corpus, num_merges  what is learned from, and how much
-    rounds, clock       as in common.take_turns
-    """
-    rivals = {
+def train(corpus: Corpus, num_merges: int) -> dict[str, Prepare]:
+    """Learn `num_merges` merges from the training part of `corpus`."""
+    return {
         OURS: lambda: lambda: _discard(Tokenizer.train(corpus.train, num_merges)),
         THEIRS: lambda: lambda: _discard(their_trained(corpus.train, num_merges)),
     }
-    return compare("train", rivals, rounds, clock=clock)
 
 
-def compare_encoding(corpus: Corpus, num_merges: int, rounds: int, clock: str) -> list[Comparison]:
-    """Time encoding and decoding of all documents under the same merges.
+class Pair:
+    """Both tokenizers under the same merges, and all documents of a corpus with their ids.
 
-    corpus, num_merges  what the merges are learned from, and how many
-    rounds, clock       as in common.take_turns
+    corpus      whose documents are encoded, and whose training part is learned from
+    num_merges  to learn
+
+    Raises InputError if the two do not give the same ids and the same text.
     """
-    documents = [*corpus.train, *corpus.held_out]
-    ours = Tokenizer.train(corpus.train, num_merges)
-    theirs = their_copy(ours)
-    ids = _our_ids(ours, documents)
-    same = ids == _their_ids(theirs, documents)
-    require(
-        same and _our_texts(ours, ids) == theirs.decode_batch(ids) == documents,
-        "the same ids and the same text from both",
-        "different ones",
-        "look for the first difference before any time is compared",
-    )
+
+    def __init__(self, corpus: Corpus, num_merges: int):
+        self.documents = [*corpus.train, *corpus.held_out]
+        self.ours = Tokenizer.train(corpus.train, num_merges)
+        self.theirs = their_copy(self.ours)
+        self.ids = _our_ids(self.ours, self.documents)
+        same = self.ids == _their_ids(self.theirs, self.documents)
+        texts = _our_texts(self.ours, self.ids), self.theirs.decode_batch(self.ids)
+        require(
+            same and texts == (self.documents, self.documents),
+            "the same ids and the same text from both",
+            "different ones",
+            "look for the first difference before any time is compared",
+        )
+
+
+def encode(corpus: Corpus, num_merges: int) -> dict[str, Prepare]:
+    """Encode the documents of `corpus` under `num_merges` merges, not for the first time."""
+    pair = Pair(corpus, num_merges)
+    return {
+        OURS: lambda: lambda: _discard(_our_ids(pair.ours, pair.documents)),
+        THEIRS: lambda: lambda: _discard(_their_ids(pair.theirs, pair.documents)),
+    }
+
+
+def encode_new(corpus: Corpus, num_merges: int) -> dict[str, Prepare]:
+    """Encode the documents of `corpus` under `num_merges` merges, each time for the first time."""
+    pair = Pair(corpus, num_merges)
 
     def new_ours() -> Callable[[], None]:
-        fresh = Tokenizer(ours.merges, ours.special_tokens)
-        return lambda: _discard(_our_ids(fresh, documents))
+        fresh = Tokenizer(pair.ours.merges, pair.ours.special_tokens)
+        return lambda: _discard(_our_ids(fresh, pair.documents))
 
     def new_theirs() -> Callable[[], None]:
-        fresh = their_copy(ours)
-        return lambda: _discard(_their_ids(fresh, documents))
+        fresh = their_copy(pair.ours)
+        return lambda: _discard(_their_ids(fresh, pair.documents))
 
-    again = {
-        OURS: lambda: lambda: _discard(_our_ids(ours, documents)),
-        THEIRS: lambda: lambda: _discard(_their_ids(theirs, documents)),
+    return {OURS: new_ours, THEIRS: new_theirs}
+
+
+def decode(corpus: Corpus, num_merges: int) -> dict[str, Prepare]:
+    """Decode the documents of `corpus`, encoded under `num_merges` merges."""
+    pair = Pair(corpus, num_merges)
+    return {
+        OURS: lambda: lambda: _discard(_our_texts(pair.ours, pair.ids)),
+        THEIRS: lambda: lambda: _discard(pair.theirs.decode_batch(pair.ids)),
     }
-    back = {
-        OURS: lambda: lambda: _discard(_our_texts(ours, ids)),
-        THEIRS: lambda: lambda: _discard(theirs.decode_batch(ids)),
-    }
-    return [
-        *compare("encode, new", {OURS: new_ours, THEIRS: new_theirs}, rounds, clock=clock),
-        *compare("encode, again", again, rounds, clock=clock),
-        *compare("decode", back, rounds, clock=clock),
-    ]
+
+
+TASKS = {"train": train, "encode": encode, "encode, new": encode_new, "decode": decode}
+
+
+def in_new_process(task: str, given: argparse.Namespace, rounds: int) -> Comparison:
+    """Measure a task in a process of its own.
+
+    task    a key of TASKS
+    given   the options of this program
+    rounds  of measurement there
+    """
+    command = [sys.executable, "-m", "benchmarks.tokenizer", "--json", "--task", task]
+    command += ["--rounds", str(rounds)]
+    for name in ("threads", "clock", "merges", "kind"):
+        command += [f"--{name}", str(getattr(given, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    (row,) = json.loads(done.stdout)["results"]
+    return Comparison(task, OURS, THEIRS, tuple(row["ours_s"]), tuple(row["theirs_s"]))
+
+
+def measure(task: str, given: argparse.Namespace) -> Comparison:
+    """Measure a task in a new process, or in one per round where only the first time counts.
+
+    task   a key of TASKS
+    given  the options of this program
+    """
+    if TASKS[task] is not encode_new:
+        return in_new_process(task, given, given.rounds)
+    parts = [in_new_process(task, given, 1) for _ in range(given.rounds)]
+    ours_s, theirs_s = (
+        tuple(seconds for part in parts for seconds in getattr(part, key))
+        for key in ("ours_s", "theirs_s")
+    )
+    return Comparison(task, OURS, THEIRS, ours_s, theirs_s)
 
 
 def _our_ids(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
@@ -138,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0], rounds=15)
     options.add_argument("--merges", type=int, default=768, help="merges (default 768)")
     options.add_argument("--kind", default="english", help="english (default) or code")
+    options.add_argument("--task", choices=TASKS, help="one task alone (default all)")
     given = options.parse_args(arguments)
     # Read when the first thread pool is made; ours has one thread in any case.
     os.environ["RAYON_NUM_THREADS"] = str(given.threads)
@@ -147,10 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     where = environment(given)
     corpus = reference_corpus(given.kind)
-    comparisons = [
-        *compare_training(corpus, given.merges, given.rounds, given.clock),
-        *compare_encoding(corpus, given.merges, given.rounds, given.clock),
-    ]
+    if given.task:
+        rivals = TASKS[given.task](corpus, given.merges)
+        comparisons = compare(given.task, rivals, given.rounds, clock=given.clock)
+    else:
+        comparisons = [measure(task, given) for task in TASKS]
     settings = {
         "corpus": corpus.name,
         "bytes": corpus.train_bytes + corpus.held_out_bytes,
