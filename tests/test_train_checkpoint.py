@@ -97,6 +97,19 @@ def test_a_checkpoint_without_the_optimizer_state_would_go_on_differently(tmp_pa
     assert not equal(again, model)
 
 
+def test_how_the_update_is_computed_is_the_choice_of_the_machine_that_goes_on(tmp_path):
+    model = build_model(SIZES)
+    optimizer = make_optimizer("adamw", model, lr=0.01)
+    train_a_little(model, optimizer, seed=2)
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer, step=3)
+    assert optimizer.param_groups[0]["fused"] is True
+    groups = [{**group, "fused": False} for group in optimizer.param_groups]
+    plain = torch.optim.AdamW(groups, fused=False)
+    load_checkpoint(tmp_path, model, plain)
+    assert [group["fused"] for group in plain.param_groups] == [False, False]
+    train_a_little(model, plain, seed=3)
+
+
 def test_what_a_run_adds_is_read_back(tmp_path):
     save_checkpoint(
         tmp_path,

@@ -222,8 +222,22 @@ def test_the_seed_decides_the_draws_and_neighbouring_seeds_draw_differently():
     batches = [window_batch(TEXT, config, 5)[0] for config in (first, again, other)]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
+    shifted = [window_batch(TEXT, small_run(seed=s), 8 - s)[0] for s in (3, 4)]
+    assert not torch.equal(*shifted)
     steps = [window_batch(TEXT, first, step)[0].flatten().tolist() for step in range(50)]
     assert len({tuple(one) for one in steps}) == 50
+
+
+def test_dropout_draws_by_the_seed_and_not_by_what_was_drawn_before():
+    found = []
+    for ambient, seed in ((1, 0), (2, 0), (1, 5)):
+        model = small_model(dropout=0.3)
+        torch.manual_seed(ambient)
+        fixed = window_batch(TEXT, small_run(), 0)
+        quiet(model, lambda step, batch=fixed: batch, small_run(seed=seed))
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_an_encoder_is_trained_on_batches_made_by_a_function():

@@ -94,6 +94,7 @@ def after_history(old, self, record):
 # Steps 0, 4, 8 and 12 are saved: three tensor files, then config.json and state.json each.
 MOMENTS = {
     "in the checkpoint of the first weights": (checkpoint, "write_tensors", 1, half_a_file),
+    "before the history gets its name": (os, "replace", 1, die_first),
     "in the first step": (run.Run, "update", 1, torn_update),
     "before the first checkpoint after it": (checkpoint, "write_tensors", 4, die_first),
     "in the middle of a step": (run.Run, "update", 7, torn_update),

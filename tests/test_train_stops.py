@@ -57,6 +57,23 @@ def test_a_run_that_is_cut_in_two_is_the_run_in_one(tmp_path, optimizer, precisi
     assert same(read_history(tmp_path / "whole"), expected)
 
 
+def test_the_scale_of_float16_gradients_is_kept(tmp_path, monkeypatch):
+    def objective(model, batch):
+        calls.append(1)
+        loss, count = causal_objective(model, batch)
+        return loss * (1e30 if len(calls) == 2 else 1), count
+
+    calls, config = [], small_run(precision="float16", save_every=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "update", stop_before(8, run.Run.update))
+        with pytest.raises(ZeroDivisionError):
+            quiet(small_model(), TEXT, config, objective=objective, run_folder=tmp_path)
+    quiet(small_model(), TEXT, config, objective=objective, run_folder=tmp_path)
+    scaler = checkpoint.load_checkpoint(tmp_path).extra["scaler"]
+    assert scaler["scale"] == 2.0**15  # halved once, before the checkpoint
+    assert scaler["_growth_tracker"] == 10
+
+
 def stop_before(step, update):
     def stopping(self):
         if self.step == step:
