@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide) ** 2
         per_rms = torch.rsqrt(mean_square / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, per_rms)
-        return (x * per_rms * weight).to(x.dtype)
+        return (x * per_rms).mul_(weight).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,7 +58,8 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * normal
         grad_weight = product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         along = (product @ weight.to(product.dtype))[..., None] / x.shape[-1]
-        grad_x = torch.addcmul(grad * weight, normal, along, value=-1) * per_rms
+        grad_x = grad * weight.to(normal.dtype)
+        grad_x.addcmul_(normal, along, value=-1).mul_(per_rms)
         return grad_x.to(x.dtype), grad_weight, None
 
 

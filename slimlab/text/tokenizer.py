@@ -174,6 +174,9 @@ class Tokenizer:
             f"{getattr(ids, 'ndim', 1)} dimensions",
             "decode one row at a time: decode(ids[0])",
         )
+        ids, size = list(ids), self.vocab_size
+        if all(type(i) is int and 0 <= i < size for i in ids):
+            return b"".join([self._tokens[i] for i in ids])
         return b"".join(self.token_bytes(i, f" at position {at}") for at, i in enumerate(ids))
 
     def token_bytes(self, token_id: int, place: str = "") -> bytes:
