@@ -1,0 +1,20 @@
+import torch
+
+
+def leaking_places(mask, num_layers):
+    T = mask.shape[0]
+    step = mask | torch.eye(T, dtype=torch.bool)
+    known = step
+    for _ in range(num_layers - 1):
+        known = (known[:, :, None] & known[None]).any(dim=1)
+    leaks = torch.zeros(T, dtype=torch.bool)
+    for t in range(T - 1):
+        leaks[t] = known[t, t + 1]
+    return leaks
+
+
+def first_leaking_depth(mask):
+    for num_layers in range(1, mask.shape[0] + 1):
+        if leaking_places(mask, num_layers).any():
+            return num_layers
+    return None
