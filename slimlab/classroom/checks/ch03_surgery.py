@@ -168,7 +168,7 @@ parallel = Exercise(
 
 
 def parts(seed: int, D: int, heads: tuple, F: int, kind: str, norm: nn.Module) -> list[nn.Module]:
-    """Draw with `seed` the parts: norm, attention of D and heads, a feed-forward layer of F, kind."""
+    """Draw with `seed`: norm, attention of D and heads, a feed-forward layer of F and kind."""
     torch.manual_seed(seed)
     made = [norm, MultiHeadAttention(D, *heads), FeedForward(D, F, kind)]
     for module in made:
