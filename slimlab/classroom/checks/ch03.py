@@ -136,7 +136,7 @@ depth = Exercise(
 )
 
 
-def knows(mask: Tensor, num_layers: int) -> list[set[int]]:
+def heard_of(mask: Tensor, num_layers: int) -> list[set[int]]:
     """Collect of whom each place has heard after num_layers blocks under `mask`."""
     T = mask.shape[0]
     seen = [{t} for t in range(T)]
@@ -153,7 +153,7 @@ def knows(mask: Tensor, num_layers: int) -> list[set[int]]:
 def true_leaks(mask: Tensor, num_layers: int) -> list[bool]:
     """Say for each place if its next token reached it, through num_layers blocks under `mask`."""
     T = mask.shape[0]
-    return [t + 1 < T and t + 1 in known for t, known in enumerate(knows(mask, num_layers))]
+    return [t + 1 < T and t + 1 in known for t, known in enumerate(heard_of(mask, num_layers))]
 
 
 def places_of(*rows: Sequence[int]) -> Tensor:

@@ -45,7 +45,7 @@ def small_model(seed: int, positions: str) -> nn.Module:
     return initialise(model.double(), std=0.6, seed=seed).eval()
 
 
-def alone(model: nn.Module, prompt: list[int], num_new: int) -> list[int]:
+def written_alone(model: nn.Module, prompt: list[int], num_new: int) -> list[int]:
     """Continue `prompt` by num_new tokens of `model`, the whole text read again for each."""
     text = list(prompt)
     with torch.no_grad():
@@ -69,16 +69,16 @@ def as_given(model: nn.Module, prompts: list[list[int]], num_new: int) -> list[l
     return torch.cat(new, dim=1).tolist()
 
 
-def honest(model: nn.Module, prompts: list[list[int]], num_new: int) -> list[list[int]]:
+def honest_program(model: nn.Module, prompts: list[list[int]], num_new: int) -> list[list[int]]:
     """Continue each of the prompts alone, by num_new tokens of `model`."""
-    return [alone(model, prompt, num_new) for prompt in prompts]
+    return [written_alone(model, prompt, num_new) for prompt in prompts]
 
 
-def slips(
+def slipping_program(
     model: nn.Module, prompts: list[list[int]], num_new: int, place: int = -1
 ) -> list[list[int]]:
-    """Continue prompts as `honest` with model and num_new; one token, at `place`, is wrong."""
-    written = honest(model, prompts, num_new)
+    """Continue prompts as honest_program(model, ..., num_new); one token, at `place`, is wrong."""
+    written = honest_program(model, prompts, num_new)
     longest = max(range(len(prompts)), key=lambda k: len(prompts[k]))
     written[longest][place] = (written[longest][place] + 1) % model.config.vocab_size
     return written
@@ -87,7 +87,7 @@ def slips(
 def true_wrong(model: nn.Module, prompts: list[list[int]], num_new: int, write) -> list[int]:
     """List which prompts `write` continues, by num_new, otherwise than the model alone."""
     found = write(model, prompts, num_new)
-    return [k for k, new in enumerate(found) if new != alone(model, prompts[k], num_new)]
+    return [k for k, new in enumerate(found) if new != written_alone(model, prompts[k], num_new)]
 
 
 def check_wrong(student, seed: int, positions: str, write, name: str, look: str) -> None:
@@ -116,10 +116,12 @@ def _(student, numbers):
 @together.property("wrong_prompts acquits an honest program and finds a single slip", points=2)
 def _(student, numbers):
     look = "whether all new tokens of all prompts are compared"
-    check_wrong(student, 43, "rotary", honest, "an honest program", look)
-    first = partial(slips, place=0)
+    check_wrong(student, 43, "rotary", honest_program, "an honest program", look)
+    first = partial(slipping_program, place=0)
     check_wrong(student, 43, "rotary", first, "a program with one wrong first token", look)
-    check_wrong(student, 43, "rotary", slips, "a program with one wrong last token", look)
+    check_wrong(
+        student, 43, "rotary", slipping_program, "a program with one wrong last token", look
+    )
 
 
 def check_mended(student, model: nn.Module, prompts: list, num_new: int, look: str) -> None:
@@ -133,7 +135,7 @@ def check_mended(student, model: nn.Module, prompts: list, num_new: int, look: s
     expect(is_list, f"mended returned {form_of(found)}", asked, "its return line")
     for number, (prompt, new) in enumerate(zip(before, found)):
         what = f"what is written after prompt {number} = {prompt}"
-        expect_equal(new, alone(model, prompt, num_new), what, look)
+        expect_equal(new, written_alone(model, prompt, num_new), what, look)
 
 
 @together.property("mended, for rotary positions", points=2)

@@ -60,7 +60,7 @@ def interleaved_model(seed: int, **choices) -> nn.Module:
 DIGITS = "the dtype of the new model at the moment when it gets its numbers"
 
 
-def converted(student, model: nn.Module) -> nn.Module:
+def half_model(student, model: nn.Module) -> nn.Module:
     """Return student.to_half(model); fail if it is no decoder in the half layout."""
     made = function_of(student, "to_half")(model)
     made = expect_module(made, "to_half(model)", "a new Decoder")
@@ -77,7 +77,7 @@ def converted(student, model: nn.Module) -> nn.Module:
 def check_conversion(student, model: nn.Module, look: str) -> nn.Module:
     """Compare the logits of student.to_half(model) with those of `model`; `look` is the hint."""
     before = copy.deepcopy(model.state_dict())
-    made = converted(student, model)
+    made = half_model(student, model)
     expect_same_weights(model, before, "the old model's {}", "what you write to: copy first")
     ids = torch.randint(13, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def _(student, numbers):
 def _(student, numbers):
     for tied in (True, False):
         model = interleaved_model(55, tie_embeddings=tied, feed_forward="swiglu")
-        made, held = converted(student, model), model.state_dict()
+        made, held = half_model(student, model), model.state_dict()
         now = made.state_dict()
         for name, weight in held.items():
             expect(name in now, f"no {name} in the new model", "all names of the old one", name)
@@ -135,7 +135,7 @@ def _(student, numbers):
 )
 def _(student, numbers):
     model = interleaved_model(56, num_kv_heads=2)
-    before, made = copy.deepcopy(model.state_dict()), converted(student, model)
+    before, made = copy.deepcopy(model.state_dict()), half_model(student, model)
     ids = torch.randint(13, (1, 8), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         cache = KVCache(made.config, 1, dtype=torch.float64)
@@ -167,7 +167,9 @@ parallel = Exercise(
 )
 
 
-def parts(seed: int, D: int, heads: tuple, F: int, kind: str, norm: nn.Module) -> list[nn.Module]:
+def drawn_parts(
+    seed: int, D: int, heads: tuple, F: int, kind: str, norm: nn.Module
+) -> list[nn.Module]:
     """Draw with `seed`: norm, attention of D and heads, a feed-forward layer of F and kind."""
     torch.manual_seed(seed)
     made = [norm, MultiHeadAttention(D, *heads), FeedForward(D, F, kind)]
@@ -209,7 +211,7 @@ def check_parallel(student, made: list[nn.Module], look: str) -> nn.Module:
 @parallel.property("as the formula says: one head, gelu", points=2)
 def _(student, numbers):
     look = "what each part reads, the activation, and the sum at the end"
-    check_parallel(student, parts(61, 8, (1,), 12, "gelu", RMSNorm(8)), look)
+    check_parallel(student, drawn_parts(61, 8, (1,), 12, "gelu", RMSNorm(8)), look)
 
 
 @parallel.property(
@@ -217,26 +219,28 @@ def _(student, numbers):
 )
 def _(student, numbers):
     look = "cutting the one product into its pieces, heads before places, the scale"
-    check_parallel(student, parts(62, 12, (3,), 20, "relu", RMSNorm(12)), look)
-    check_parallel(student, parts(63, 10, (4, 4, 3), 7, "relu", LayerNorm(10)), look)
+    check_parallel(student, drawn_parts(62, 12, (3,), 20, "relu", RMSNorm(12)), look)
+    check_parallel(student, drawn_parts(63, 10, (4, 4, 3), 7, "relu", LayerNorm(10)), look)
 
 
 @parallel.property("grouped queries", points=1)
 def _(student, numbers):
     look = "the widths of keys and values, and which query heads share a key head"
-    check_parallel(student, parts(64, 12, (6, 2, 4), 16, "gelu", RMSNorm(12)), look)
+    check_parallel(student, drawn_parts(64, 12, (6, 2, 4), 16, "gelu", RMSNorm(12)), look)
 
 
 @parallel.property("swiglu and gelu_tanh", points=2)
 def _(student, numbers):
-    check_parallel(student, parts(65, 8, (2,), 12, "swiglu", RMSNorm(8)), "the gate")
-    check_parallel(student, parts(66, 8, (2,), 12, "gelu_tanh", RMSNorm(8)), "feed_forward.kind")
+    check_parallel(student, drawn_parts(65, 8, (2,), 12, "swiglu", RMSNorm(8)), "the gate")
+    check_parallel(
+        student, drawn_parts(66, 8, (2,), 12, "gelu_tanh", RMSNorm(8)), "feed_forward.kind"
+    )
 
 
 @parallel.property("two matrices, no number more than the parts have, all trained", points=3)
 def _(student, numbers):
     for kind in ("gelu", "swiglu"):
-        made = parts(67, 12, (6, 2, 4), 16, kind, RMSNorm(12))
+        made = drawn_parts(67, 12, (6, 2, 4), 16, kind, RMSNorm(12))
         layer = check_parallel(student, made, "the output, which other checks look at first")
         matrices = sum(weight.dim() >= 2 for weight in weights_of(layer))
         expect_equal(matrices, 2, f"matrices in the layer ({kind})",
@@ -253,7 +257,7 @@ def _(student, numbers):
 
 @parallel.property("the new layer owns its numbers", points=1)
 def _(student, numbers):
-    made = parts(68, 8, (2,), 12, "gelu", RMSNorm(8))
+    made = drawn_parts(68, 8, (2,), 12, "gelu", RMSNorm(8))
     before = [copy.deepcopy(module.state_dict()) for module in made]
     layer = check_parallel(student, made, "the output, which other checks look at first")
     with torch.no_grad():
