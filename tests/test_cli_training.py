@@ -85,8 +85,9 @@ def test_a_text_becomes_a_folder_with_all_that_is_needed(trained, text):
     assert tokenizer.vocab_size == 290
     model = load_text_model(out, "cpu").model
     assert model.config == ModelConfig(
-        vocab_size=290, seq_len=12, d_model=16, num_layers=1, num_heads=2, dropout=0.2
-    )
+        vocab_size=290, seq_len=12, d_model=16, num_layers=1, num_heads=2, dropout=0.2,
+        feed_forward="swiglu",
+    )  # fmt: skip
     shown = float(result.stdout.split(" bits per byte")[0].split()[-1])
     measured = held_out_bits_per_byte(model, tokenizer, corpus_from(text))
     assert shown == pytest.approx(measured, abs=6e-4)
@@ -115,7 +116,7 @@ def test_the_same_command_does_a_finished_run_no_harm_and_goes_on_with_a_half_on
     ("changes", "words"),
     [
         (["--steps", 13], "training.num_steps = 12 there, 13 now"),
-        (["--lr", 0.5], "training.peak_lr = 0.003 there, 0.5 now"),
+        (["--lr", 0.5], "training.peak_lr = 0.002 there, 0.5 now"),
         (["--seed", 1], "training.seed = 0 there, 1 now"),
         (["--d-model", 20], "model.d_model = 16 there, 20 now"),
         (["--vocab-size", 291], "notes.vocab_size = 290 there, 291 now"),

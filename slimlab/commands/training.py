@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimlab.train.text_model import TextModel
 
 MODEL, TRAINING = recipe.MODEL, recipe.TRAINING
+CHOICES = {"feed_forward": MODEL["feed_forward"]}
 SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "dropout")
 
 
@@ -98,7 +99,7 @@ def train(texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **giv
             out,
             _training_config(given),
             vocab_size=given["vocab_size"],
-            sizes={name: given[name] for name in SIZES},
+            sizes={**CHOICES, **{name: given[name] for name in SIZES}},
             residual=recipe.RESIDUAL,
             resume=resume,
             show=shown,

@@ -117,8 +117,8 @@ def find_checkpoint(path: str | os.PathLike, say: Callable[[str], None] = print)
 
 
 def list_files(folder: Path) -> dict[str, dict]:
-    """Return size in bytes and SHA-256 of every file in `folder`, by name."""
-    files = sorted(folder.iterdir())
+    """Return size in bytes and SHA-256 of every file that lies in `folder` itself, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 

@@ -56,7 +56,7 @@ class TextModel:
 
 def train_on_text(
     corpus: Corpus,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike | None,
     config: TrainingConfig,
     *,
     vocab_size: int,
@@ -70,7 +70,7 @@ def train_on_text(
     """Learn a vocabulary from a corpus and train a decoder on it; or go on with that.
 
     corpus      documents to train on and to measure by
-    folder      of the run; what it holds must be the same run
+    folder      of the run; what it holds must be the same run. None: nothing is written
     config      a TrainingConfig; its seed also draws the first weights
     vocab_size  tokens at most; a small text has fewer pairs to merge
     sizes       d_model, num_layers and what else ModelConfig takes, but vocab_size
@@ -80,7 +80,7 @@ def train_on_text(
 
     Raises InputError as train does, and for another corpus or vocabulary than the folder's.
     """
-    folder = Path(folder)
+    folder = Path(folder) if folder is not None else None
     require(
         type(vocab_size) is int and vocab_size > 256,
         "vocab_size of at least 257: 256 bytes and a token that ends a text",
@@ -104,17 +104,19 @@ def train_on_text(
         watch=watch,
     )
     measured = held_out_bits_per_byte(model, tokenizer, corpus) if corpus.held_out else None
-    return TextModel(model, tokenizer, str(folder), history, measured)
+    return TextModel(model, tokenizer, str(folder or "memory"), history, measured)
 
 
-def _tokenizer_for(corpus: Corpus, folder: Path, num_merges: int, show: bool) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    there = Tokenizer.load(path) if path.exists() else None
+def _tokenizer_for(corpus: Corpus, folder: Path | None, num_merges: int, show: bool) -> Tokenizer:
+    path = folder / "tokenizer.json" if folder is not None else None
+    there = Tokenizer.load(path) if path is not None and path.exists() else None
     # Beside a checkpoint lies the tokenizer of its ids; train refuses if it is of another text.
     if there is not None and checkpoints_in(folder):
         return there
     bar = progress if show else None
     tokenizer = Tokenizer.train(corpus.train, num_merges, (END_OF_TEXT,), bar)
+    if folder is None:
+        return tokenizer
     require(
         there in (None, tokenizer),
         "a folder without a tokenizer, or with that of this text",
