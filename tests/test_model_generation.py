@@ -5,6 +5,7 @@ import torch
 
 from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
+from slimlab.model.cache import KVCache
 from slimlab.model.generation import choose, generate
 
 SIZES = {"vocab_size": 13, "seq_len": 12, "d_model": 12, "num_layers": 2, "num_heads": 2}
@@ -12,7 +13,7 @@ SIZES = {"vocab_size": 13, "seq_len": 12, "d_model": 12, "num_layers": 2, "num_h
 
 def model_of(kind="decoder", **choices):
     torch.manual_seed(0)
-    model = build_model(ModelConfig(**SIZES, kind=kind, **choices)).double()
+    model = build_model(ModelConfig(**{**SIZES, "kind": kind, **choices})).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -105,6 +106,11 @@ BAD = {
     "top_k alone": ({}, {"top_k": 3}, "temperature above 0"),
     "top_k": ({}, {"top_k": 0, "temperature": 1.0}, "top_k"),
     "top_p": ({}, {"top_p": 0.0, "temperature": 1.0}, "top_p"),
+    "top_p in words": ({}, {"top_p": "0.5", "temperature": 1.0}, "top_p = '0.5'"),
+    "seed": ({}, {"seed": 2**64, "temperature": 1.0}, "seed, a whole number"),
+    "no room": ({"positions": "learned", "seq_len": 2}, {}, "change: cut the beginning"),
+    "memory": ({}, {"memory": torch.zeros(1, 2, 8)}, "'decoder' with memory"),
+    "no memory": ({"kind": "encoder_decoder"}, {}, "'encoder_decoder' without memory"),
 }
 
 
@@ -113,6 +119,44 @@ def test_bad_options_are_named(choices, options, words):
     model = model_of(**choices)
     with pytest.raises(InputError, match=words):
         generate(model, prompt(1, 3), **{"max_new_tokens": 2, **options})
+
+
+def test_a_model_of_another_making_is_refused():
+    with pytest.raises(InputError, match="a model of kind 'Linear'"):
+        generate(torch.nn.Linear(2, 2), prompt(1, 3), 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-320])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [60.0, -80.0, 59.0], [-torch.inf, -2.0, -9.0]])
+    assert choose(logits, temperature).tolist() == [1, 0, 1]
+    assert choose(logits, temperature, top_k=2, top_p=0.9).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_numbers_are_not_drawn_from(temperature):
+    model = model_of()
+    with torch.no_grad():
+        model.final_norm.weight[0] = torch.nan
+    with pytest.raises(InputError, match="that are not .NaN."):
+        generate(model, prompt(1, 3), 2, temperature=temperature)
+
+
+def test_a_cache_that_an_error_left_half_written_is_refused():
+    model = model_of()
+    cache = KVCache(model.config, 1, dtype=torch.float64)
+    with torch.no_grad():
+        model(prompt(1, 3), cache=cache)
+        with pytest.raises(InputError, match="a mask of shape"):
+            model(prompt(1, 2), cache=cache, mask=torch.ones(7, 7, dtype=torch.bool))
+        with pytest.raises(InputError, match="3 to 5: a forward pass .* half-way"):
+            model(prompt(1, 2), cache=cache)
+
+
+def test_a_cache_is_for_models_that_write():
+    for config in (model_of(kind="encoder").config, model_of()):
+        with pytest.raises(InputError, match="give model.config"):
+            KVCache(config)
 
 
 def test_the_last_position_of_a_table_is_used_and_none_beyond_it():

@@ -117,6 +117,20 @@ def test_recomputing_blocks_changes_no_bit_of_output_or_gradient(kind, choices, 
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+def test_blocks_that_are_frozen_can_be_recomputed_too():
+    found = []
+    for setting in ("none", "block"):
+        model, ids = model_of().train(), ids_of(2, 9)
+        model.recompute = setting
+        model.embedding.requires_grad_(False)
+        model.blocks[0].requires_grad_(False)
+        model(ids).square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() != set()
+    assert not any(name.startswith(("blocks.0", "embedding")) for name in found[0])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_recomputing_keeps_less_for_the_backward_pass():
     kept = {}
     for setting in ("none", "block"):

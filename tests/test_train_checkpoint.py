@@ -196,6 +196,14 @@ def flip(path):
     path.write_bytes(data)
 
 
+def without(key):
+    def damage(path):
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in state.items() if name != key}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
@@ -212,11 +220,10 @@ def flip(path):
             lambda path: path.write_text('{"format": "slimlab checkpoint", "version": 1}'),
             "does not list the files",
         ),
-        (
-            "state.json",
-            lambda path: path.write_text('{"format": "slimlab checkpoint", "version": 2}'),
-            "update slimlab",
-        ),
+        ("state.json", without("version"), "names no version"),
+        ("state.json", without("step"), "state.json has no step"),
+        ("state.json", without("data_position"), "state.json has no data_position"),
+        ("state.json", without("extra"), "state.json has no extra"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(saved, name, damage, words):
@@ -230,6 +237,18 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, name, damage, word
     assert load_checkpoint(saved, Small(), say=said.append).step == 10
     with pytest.raises(InputError, match=words):
         load_checkpoint(newest, Small())
+
+
+def test_a_checkpoint_of_a_later_version_is_not_taken_for_damaged_and_written_over(saved):
+    state = saved / "step_00000020" / "state.json"
+    state.write_text(state.read_text().replace('"version": 1', '"version": 2'))
+    words = "of version 2, later than 1: update slimlab"
+    for read in (latest, lambda path: load_checkpoint(path, Small())):
+        with pytest.raises(InputError, match=words):
+            read(saved)
+    with pytest.raises(InputError, match=words):
+        load_checkpoint(state.parent, Small())
+    assert load_checkpoint(saved / "step_00000010", Small()).step == 10
 
 
 class Explosive:
@@ -268,7 +287,7 @@ def test_a_tensor_file_that_is_cut_off_is_refused_with_its_size(tmp_path, num_by
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (lambda folder: None, "check the path"),
+        (lambda folder: None, "run, which does not exist"),
         (lambda folder: folder.mkdir(), "which holds nothing"),
         (lambda folder: folder.write_text("x"), "give the folder in which it lies"),
         (

@@ -77,6 +77,13 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        kind = getattr(config, "kind", type(config).__name__)
+        require(
+            kind in ("decoder", "encoder_decoder"),
+            "the configuration of a model that writes: a decoder or an encoder_decoder",
+            f"{kind}",
+            "give model.config; an encoder sees all of its text at once and keeps nothing",
+        )
         max_len = config.seq_len if max_len is None else max_len
         check_size("batch_size", batch_size)
         check_size("max_len", max_len)
@@ -86,8 +93,18 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens kept per sequence."""
-        return self.layers[0].length
+        """Tokens kept per sequence.
+
+        Raises InputError if the layers differ in it: an error struck between two of them.
+        """
+        lengths = [layer.length for layer in self.layers]
+        require(
+            len(set(lengths)) == 1,
+            "a cache whose layers keep equally many tokens",
+            f"{min(lengths)} to {max(lengths)}: a forward pass with it ended in an error half-way",
+            "make a new cache and read the text again",
+        )
+        return lengths[0]
 
     @property
     def n_bytes(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from slimlab.config import InputError, check_size, require
+from slimlab.config import InputError, check_number, check_size, require
 from slimlab.model.block import check_ids
 from slimlab.model.cache import KVCache
 
@@ -54,7 +54,8 @@ def generate(
     Raises InputError for a model that does not score next tokens, options that contradict each
     other, and a text that would outgrow a table of positions.
     """
-    _check(model, ids, max_new_tokens, temperature, top_k, top_p)
+    _check_model(model, ids, max_new_tokens, memory)
+    _check_options(temperature, top_k, top_p, seed)
     weight = next(model.parameters())
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     was_training = model.training
@@ -93,11 +94,20 @@ def choose(
     generator    of the draws, on the device of logits
     returns      (B,) int64
 
+    Raises InputError for scores that are not numbers.
     Holtzman et al. 2019 (arXiv:1904.09751) for top_p.
     """
+    require(
+        not bool(logits.isnan().any()),
+        "scores of the next token that are numbers",
+        f"{int(logits.isnan().sum())} of {logits.numel()} that are not (NaN)",
+        "look for weights that are not finite, or numbers beyond those of float16",
+    )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    # With the greatest at 0, no division overflows, nor divides by a 0 of 32 bits.
+    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    logits = logits / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -122,32 +132,37 @@ def _next_logits(model: nn.Module, new: Tensor, cache: KVCache | None, given: di
     return model.logits(hidden[:, -1:])[:, 0]  # one row of V scores, not T of them
 
 
-def _check(
-    model: nn.Module,
-    ids: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    kind = model.config.kind
+def _check_model(model: nn.Module, ids: Tensor, max_new_tokens: int, memory: object) -> None:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "kind", type(model).__name__)
     require(
         kind in ("decoder", "encoder_decoder"),
         "a model that scores the next token: a Decoder or an EncoderDecoder",
         f"a model of kind {kind!r}",
         "an encoder sees both sides of a token and cannot write; train a Decoder (chapter 04)",
     )
-    check_size("max_new_tokens", max_new_tokens)
-    check_ids("ids", ids, model.config.vocab_size)
-    config, length = model.config, ids.shape[1] + max_new_tokens
-    # The last new token is never read.
     require(
-        config.positions not in ("learned", "sinusoidal") or length - 1 <= config.seq_len,
+        (memory is not None) == (kind == "encoder_decoder"),
+        "memory for an EncoderDecoder, and for no other model",
+        f"kind {kind!r} {'without' if memory is None else 'with'} memory",
+        "give memory=model.encode(source_ids) to an EncoderDecoder; a Decoder has no use for it",
+    )
+    check_size("max_new_tokens", max_new_tokens)
+    check_ids("ids", ids, config.vocab_size)
+    # The last new token is never read.
+    room = config.seq_len + 1 - ids.shape[1]
+    require(
+        config.positions not in ("learned", "sinusoidal") or max_new_tokens <= room,
         f"at most {config.seq_len} positions (seq_len) in all",
         f"{ids.shape[1]} given and {max_new_tokens} new tokens",
-        f"set max_new_tokens to at most {max(config.seq_len + 1 - ids.shape[1], 0)}, "
-        "or cut the beginning",
+        (f"set max_new_tokens to at most {room}, or " if room > 0 else "")
+        + "cut the beginning: ids[:, -n:]",
     )
+
+
+def _check_options(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
     number = isinstance(temperature, int | float) and 0 <= temperature < float("inf")
     require(
         number,
@@ -157,7 +172,7 @@ def _check(
     )
     if top_k is not None:
         check_size("top_k", top_k)
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
         raise InputError("top_p, above 0 and at most 1", f"top_p = {top_p!r}", "give top_p=0.9")
     require(
         temperature > 0 or (top_k is None and top_p is None),
@@ -165,3 +180,5 @@ def _check(
         f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}",
         "give temperature=1.0 to draw, or leave them out",
     )
+    if seed is not None:
+        check_number("seed", seed, int, -(2**63), 2**63 - 1)

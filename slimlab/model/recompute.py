@@ -77,6 +77,7 @@ class _Recompute(torch.autograd.Function):
                 torch.cuda.set_rng_state(ctx.device_state, grad.device)
             with torch.autocast(**ctx.autocast):
                 output = ctx.function(*leaves)
-        torch.autograd.backward(output, grad)
+        if output.requires_grad:  # not so if all that goes into it is frozen
+            torch.autograd.backward(output, grad)
         grads = (x.grad if isinstance(x, Tensor) and x.requires_grad else None for x in leaves)
         return (None, None, *grads)

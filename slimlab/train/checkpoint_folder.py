@@ -17,6 +17,8 @@ from slimlab.config import InputError, require
 from slimlab.model.tensor_files import PICKLED_SUFFIXES, check_not_pickled, sync
 
 FORMAT, VERSION = "slimlab checkpoint", 1
+_LATER = f"later than {VERSION}: update slimlab"
+_NEEDED = {"step": int, "data_position": int, "extra": dict}
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -43,11 +45,20 @@ def latest(folder: str | os.PathLike, say: Callable[[str], None] = print) -> Pat
     folder   of one run
     say      called with a sentence for each damaged one that is newer
     returns  its path, or None
+
+    Raises InputError if one was written by a later version of this book: to go on from an older
+    one would write over it.
     """
     for path in reversed(checkpoints_in(folder)):
         problem = problem_of(path)
         if problem is None:
             return path
+        require(
+            _LATER not in problem,
+            f"checkpoints of at most version {VERSION}",
+            f"{path}: {problem}",
+            "update slimlab; or name an older checkpoint of this run, to read it alone",
+        )
         say(f"skipped the damaged checkpoint {path}: {problem}")
     return None
 
@@ -64,12 +75,17 @@ def problem_of(path: Path) -> str | None:
         return error.given.removeprefix(f"{path}{os.sep}")
     if state.get("format") != FORMAT:
         return "state.json is not that of a checkpoint"
-    if not isinstance(state.get("version"), int) or state["version"] > VERSION:
-        return f"it is of version {state.get('version')}, later than {VERSION}: update slimlab"
+    if not isinstance(state.get("version"), int):
+        return "state.json names no version"
+    if state["version"] > VERSION:
+        return f"it is of version {state['version']}, {_LATER}"
     try:
         files = {name: (one["bytes"], one["sha256"]) for name, one in state["files"].items()}
     except (KeyError, TypeError, AttributeError):
         return "state.json does not list the files"
+    for key, kind in _NEEDED.items():
+        if not isinstance(state.get(key), kind):
+            return f"state.json has no {key}"
     for name in sorted({"model.safetensors", "random.safetensors", "config.json"} | set(files)):
         if problem := _problem_of_file(path / name, *files.get(name, (0, ""))):
             return f"{name} {problem}"
@@ -95,6 +111,13 @@ def find_checkpoint(path: str | os.PathLike, say: Callable[[str], None] = print)
     """
     path = Path(path)
     asked = "a checkpoint, or the folder of a run that holds some (step_00000100, ...)"
+    change = "train first: slimlab train --out FOLDER"
+    require(
+        os.path.lexists(path),
+        asked,
+        f"{path}, which does not exist",
+        f"check the path, or {change}",
+    )
     if not path.is_dir():
         check_not_pickled(path)
         raise InputError(asked, f"{path}, a single file", "give the folder in which it lies")
@@ -106,7 +129,6 @@ def find_checkpoint(path: str | os.PathLike, say: Callable[[str], None] = print)
     found = latest(path, say)
     names = sorted(one.name for one in path.iterdir() if not one.name.startswith("."))
     pickles = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
-    change = "train first: slimlab train --out FOLDER"
     if pickles:
         change = f"{pickles[0]} is a pickle, which is never opened here; look for .safetensors"
     elif "config.json" in names:
