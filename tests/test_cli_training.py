@@ -254,7 +254,7 @@ def test_without_a_folder_the_model_of_the_book_writes(trained, monkeypatch):
     [
         (["train", "absent.txt"], "absent.txt"),
         (["train", "TEXT", "--steps", 0], "num_steps"),
-        (["train", "TEXT", "--num-heads", 5], "choose num_heads from"),
+        (["train", "TEXT", "--num-heads", 5], "choose --num-heads from"),
         (["train", "TEXT", "--device", "cuda:9"], "device cuda:9"),
         (["train", "TEXT", "--vocab-size", 256], "at least 257"),
         (["train", "TEXT", "--seq-len", 4000], "at least seq_len"),
@@ -279,6 +279,41 @@ def test_bad_input_gets_a_message_and_exit_code_2(trained, text, tmp_path, argum
     assert words in result.stderr
     assert "Traceback" not in result.output
     assert not list((tmp_path).rglob("step_*"))
+
+
+def test_what_to_change_is_said_in_the_words_of_the_command_line(trained, text, tmp_path):
+    told = {
+        ("--num-heads", 5): "change: choose --num-heads from 1, 2, 4, 8, 16, or change --d-model",
+        ("--seq-len", 4000): "a smaller --seq-len",
+        ("--steps", 0): "give --steps a positive",
+        ("--lr", 0): "give --lr such a number",
+        ("--device", "cuda:9"): "give --device auto, or install a PyTorch built for that device",
+    }
+    for given, words in told.items():
+        result = run("train", text, "--out", tmp_path / "new", *SMALL, *given)
+        assert words in result.stderr, result.stderr
+        assert not (tmp_path / "new").exists()  # so nothing is in the way of the next try
+    (tmp_path / "one.txt").write_text("one paragraph alone")
+    result = run("train", tmp_path / "one.txt", "--out", tmp_path / "new", *SMALL)
+    assert "take --held-out 0" in result.stderr
+    result = run("generate", trained[0], "--temperature", 0, "--top-k", 5)
+    assert "give --temperature 1.0 to draw" in result.stderr
+
+
+def test_a_run_goes_on_longer_when_asked(trained, text, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "moved")
+    longer = ["train", text, "--out", out, *SMALL, "--steps", 14]
+    refused = run(*longer)
+    assert refused.exit_code == 2
+    assert "or --new-settings, to go on from its last checkpoint" in refused.stderr
+    result = run(*longer, "--new-settings")
+    assert result.exit_code == 0, result.output
+    assert read_history(out).steps == list(range(1, 15))
+
+
+def test_a_prompt_that_is_no_utf_8_is_told_as_such(trained):
+    result = run("generate", trained[0], "--prompt", "\udcff\udcfe")
+    assert (result.exit_code, "a prompt in UTF-8" in result.stderr) == (2, True)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(trained, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,6 +141,66 @@ def test_what_decides_the_result_may_not_change_and_is_named(tmp_path):
     assert {f: f.read_bytes() for f in before if f.name != ".lock"} == {
         f: old for f, old in before.items() if f.name != ".lock"
     }
+
+
+def test_settings_may_change_when_asked_and_go_on_with_the_weights_of_the_checkpoint(tmp_path):
+    """The oracle has the same weights and averages, and was never saved."""
+    begun = small_run(num_steps=8, warmup_steps=2, weight_decay=0.5)
+    changed = small_run(num_steps=14, warmup_steps=1, weight_decay=0.0, peak_lr=0.003, batch_size=5)
+    model, said = small_model(), []
+    quiet(model, TEXT, begun, run_folder=tmp_path)
+    oracle = run.Run(small_model(), TEXT, begun, causal_objective)
+    for _ in range(8):
+        oracle.update()
+    oracle.config = changed
+    oracle.batch_at = lambda step: window_batch(TEXT, changed, step)
+    for group in oracle.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for _ in range(6):
+        oracle.update()
+
+    with pytest.raises(InputError, match="peak_lr = 0.01 there.*\n.*new_settings=True"):
+        quiet(small_model(), TEXT, changed, run_folder=tmp_path)
+    found = quiet(model, TEXT, changed, run_folder=tmp_path, new_settings=True, say=said.append)
+    assert torch.equal(weights(model), weights(oracle.model))
+    assert found.steps == list(range(1, 15))
+    assert "from step 8 on, other settings: training.num_steps = 8 there, 14 now" in said[0]
+    # From then on these are the settings of the run.
+    assert quiet(small_model(seed=9), TEXT, changed, run_folder=tmp_path).steps == found.steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "choices", "words"),
+    [
+        ({"peak_lr": 0.5, "seed": 3}, {}, "training.seed = 0 there, 3 now$"),
+        ({}, {"dropout": 0.1}, "model.dropout = 0.0 there, 0.1 now$"),
+        ({"num_steps": 5}, {}, "num_steps = 5$"),
+    ],
+)
+def test_what_makes_another_run_may_not_change_even_when_asked(tmp_path, changes, choices, words):
+    quiet(small_model(), TEXT, small_run(), run_folder=tmp_path)
+    with pytest.raises(InputError) as caught:
+        quiet(
+            small_model(**choices),
+            TEXT,
+            small_run(**changes),
+            run_folder=tmp_path,
+            new_settings=True,
+        )
+    assert re.search(words, caught.value.given)
+
+
+def test_a_run_that_diverged_goes_on_from_its_last_checkpoint_with_a_lower_rate(tmp_path):
+    model, poisoned = small_model(), poison(5, "final_norm.weight")
+    poisoned.__name__ = causal_objective.__name__  # the same run, but for one step
+    with pytest.raises(InputError) as caught:
+        quiet(model, TEXT, small_run(save_every=2), objective=poisoned, run_folder=tmp_path)
+    assert "new_settings=True goes on from the last good checkpoint" in caught.value.change
+    assert "clip_norm" not in caught.value.change  # it clips already
+    gentle = small_run(save_every=2, peak_lr=0.001)
+    found = quiet(model, TEXT, gentle, run_folder=tmp_path, new_settings=True)
+    assert found.steps == list(range(1, 13))
+    assert found.lrs[3] > 0.005 > found.lrs[4]
 
 
 def test_what_decides_pace_and_memory_may_change(tmp_path, monkeypatch):

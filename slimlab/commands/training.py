@@ -4,6 +4,7 @@ Chapter 05 uses them. Production trainers read their many settings from files an
 """
 
 import json
+import re
 import sys
 import time
 from dataclasses import fields
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slimlab.config import TrainingConfig
+from slimlab.config import InputError, TrainingConfig
 from slimlab.train import recipe
 
 if TYPE_CHECKING:
@@ -22,6 +23,45 @@ if TYPE_CHECKING:
 MODEL, TRAINING = recipe.MODEL, recipe.TRAINING
 CHOICES = {"feed_forward": MODEL["feed_forward"]}
 SIZES = ("d_model", "num_layers", "num_heads", "num_kv_heads", "dropout")
+
+
+# Where a library's argument and an option have different names.
+OPTIONS = {"num_steps": "--steps", "peak_lr": "--lr", "held_out_fraction": "--held-out"}
+
+
+class OwnWords(click.Command):
+    """A command whose errors name its options where the library names arguments."""
+
+    def invoke(self, ctx: click.Context):
+        """Run the command in `ctx`.
+
+        Raises InputError with its last part in the words of the command line.
+        """
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            change = in_options(error.change, {one.name: one.opts[0] for one in self.params})
+            raise InputError(error.asked, error.given, change) from error
+
+
+def in_options(text: str, options: dict[str, str]) -> str:
+    """Write --seq-len for seq_len, --steps 12 for num_steps=12, --resume for resume=True.
+
+    text     what to change
+    options  names of arguments, and options as they are typed
+    """
+    options = {name: typed for name, typed in options.items() if typed.startswith("-")} | OPTIONS
+
+    def typed(match: re.Match) -> str:
+        name, value = match["name"], match["value"]
+        # A word such as seed or device stands for the thing, unless a value follows.
+        if name not in options or (value is None and "_" not in name):
+            return match[0]
+        return options[name] if value in (None, "True") else f"{options[name]} {value}"
+
+    return re.sub(
+        r'(?<![\w./-])(?P<name>[a-z]\w*)(?:="?(?P<value>[\w.:]*\w)"?)?(?![\w(])', typed, text
+    )
 
 
 def number(name: str, kind: type, default: object, text: str):
@@ -36,7 +76,7 @@ def number(name: str, kind: type, default: object, text: str):
     return click.option(name, type=kind, default=default, show_default=shown, help=text)
 
 
-@click.command()
+@click.command(cls=OwnWords)
 @click.argument("texts", nargs=-1, type=click.Path(path_type=Path), metavar="[TEXT]...")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/mine", show_default=True,
               help="Folder of the run: checkpoints, history, tokenizer.")  # fmt: skip
@@ -66,23 +106,29 @@ def number(name: str, kind: type, default: object, text: str):
 @number("--max-bytes", int, None, "Take so much of the text, from the front.")
 @click.option("--resume/--no-resume", default=True, show_default=True,
               help="Go on with the run in --out, or refuse a folder that holds one.")  # fmt: skip
+@click.option("--new-settings", is_flag=True,
+              help="Go on with another lr, number of steps, batch size or decay.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def train(texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **given):
+def train(
+    texts: tuple[Path, ...], out: Path, resume: bool, new_settings: bool, as_json: bool, **given
+):
     """Train a model on TEXT: files, folders or JSON lines; on the book's own text without one.
 
     \b
     The same command goes on where the last one ended, by Ctrl-C, kill -9 or a full disk; with other
-    settings it refuses and says which differ.
+    settings it refuses and says which differ; some may, with --new-settings.
     Examples:
       slimlab train                                the model of the book, into runs/mine
       slimlab train notes/ --out runs/notes        on the texts in a folder
       slimlab train a.jsonl.zst --max-bytes 5000000 --d-model 256 --steps 2000 --out runs/big
       slimlab train --device cuda --precision bfloat16 --batch-size 64 --out runs/gpu
+      slimlab train notes/ --out runs/notes --steps 2000 --new-settings     twice as long
     \f
 
     texts    files and folders
     out      folder of the run
     resume   go on with what is there
+    new_settings  go on with other settings
     as_json  print JSON
     given    the sizes and settings
     """
@@ -90,6 +136,7 @@ def train(texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **giv
     from slimlab.train.text_model import train_on_text
 
     shown = sys.stderr.isatty()
+    config = _training_config(given)
     corpus = _corpus(texts, given["held_out"], given["max_bytes"])
     click.echo(corpus.describe(), err=True)
     start_s = time.perf_counter()
@@ -97,11 +144,12 @@ def train(texts: tuple[Path, ...], out: Path, resume: bool, as_json: bool, **giv
         trained = train_on_text(
             corpus,
             out,
-            _training_config(given),
+            config,
             vocab_size=given["vocab_size"],
             sizes={**CHOICES, **{name: given[name] for name in SIZES}},
             residual=recipe.RESIDUAL,
             resume=resume,
+            new_settings=new_settings,
             show=shown,
             say=partial(click.echo, err=True),
             watch=None if shown else _print_line,
@@ -169,7 +217,7 @@ def _print_result(trained: "TextModel", out: Path, seconds: float, as_json: bool
     click.echo(f'let it write: slimlab generate {out} --prompt "The"')
 
 
-@click.command()
+@click.command(cls=OwnWords)
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.option("--prompt", default="The", show_default=True, help="How the text begins; '' too.")
 @number("--max-new-tokens", int, 100, "Tokens to add at most.")
@@ -201,6 +249,11 @@ def generate(source: Path | None, prompt: str, device: str, as_json: bool, **giv
     from slimlab.train.device import choose_device
     from slimlab.train.text_model import TextModel, continue_text, load_text_model
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # the shell's bytes, passed on by Python as half pairs
+        change = "type it in a terminal of UTF-8, or convert it: iconv -f ENCODING -t UTF-8"
+        raise InputError("a prompt in UTF-8", ascii(prompt), change) from error
     if source is None:
         from slimlab.train.reference import reference_model
 

@@ -39,6 +39,7 @@ def train(
     held_out: Sequence[int] | Tensor | list | None = None,
     run_folder: str | Path | None = None,
     resume: bool = True,
+    new_settings: bool = False,
     notes: dict | None = None,
     show: bool = True,
     say: Callable[[str], None] = print,
@@ -54,6 +55,8 @@ def train(
     held_out    ids to measure by, or a list of batches of the objective; None: no measurement
     run_folder  for history.jsonl and checkpoints, also of step 0; None: nothing is written
     resume      go on if run_folder holds a checkpoint; False: refuse it
+    new_settings  let the learning rate, the number of steps and what else is in
+                run_folder.NEW_SETTINGS differ from those of the checkpoint, from there on
     notes       written into config.json and compared when the run goes on, such as a fingerprint
     show        draw a progress bar with loss and speed
     say         told what was found and done
@@ -73,7 +76,7 @@ def train(
         torch.manual_seed(config.seed)
         if folder is not None:
             stack.enter_context(only_writer(folder))
-            _begin_or_go_on(run, folder, resume, say)
+            _begin_or_go_on(run, folder, resume, say, new_settings)
         report = stack.enter_context(_Report(run, folder, show, watch))
         stop = stack.enter_context(StopSignals(enabled=folder is not None))
         try:
@@ -182,7 +185,9 @@ def _mode(run: Run, config: TrainingConfig) -> Iterator[None]:
                 model.recompute = recompute_before
 
 
-def _begin_or_go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+def _begin_or_go_on(
+    run: Run, folder: Path, resume: bool, say: Callable[[str], None], new_settings: bool
+) -> None:
     remove_leftovers(folder)
     found = latest(folder, say)
     if found is None:
@@ -196,7 +201,7 @@ def _begin_or_go_on(run: Run, folder: Path, resume: bool, say: Callable[[str], N
         f"{folder}, which holds {found.name}",
         "go on with resume=True, or give another folder",
     )
-    run.restore(found, say)
+    run.restore(found, say, new_settings)
     say(f"going on from {found}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slimlab.config import InputError, TrainingConfig, require
+from slimlab.config import InputError, TrainingConfig, check_number, require
 from slimlab.text.batches import text_ids, token_windows
 from slimlab.train.accumulate import Objective, accumulate_gradients, move_batch
 from slimlab.train.checkpoint import load_checkpoint, save_checkpoint
@@ -42,7 +42,13 @@ class NotFiniteError(InputError):
         """
         good = latest(folder, lambda _: None) if folder is not None else None
         kept = f"the last good checkpoint is {good}" if good else "no run_folder, so no checkpoint"
-        return NotFiniteError(self.asked, f"{self.given}; {kept}", self.change)
+        change = self.change
+        if good:
+            change += (
+                "; new_settings=True goes on from the last good checkpoint with another peak_lr "
+                "(if that fails again, remove the newest: its weights may be too large already)"
+            )
+        return NotFiniteError(self.asked, f"{self.given}; {kept}", change)
 
 
 class Run:
@@ -140,7 +146,7 @@ class Run:
             except InputError:
                 if self.scaler.enabled:
                     return None
-        raise _not_finite(self.model, self.step + 1, loss, lr)
+        raise _not_finite(self.model, self.step + 1, loss, lr, self.config.clip_norm)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the present step into `folder`; returns its path."""
@@ -156,17 +162,28 @@ class Run:
             keep=self.config.keep_checkpoints,
         )
 
-    def restore(self, path: Path, say: Callable[[str], None] = print) -> None:
+    def restore(
+        self, path: Path, say: Callable[[str], None] = print, new_settings: bool = False
+    ) -> None:
         """Go on from a checkpoint of the same run.
 
-        path  of the checkpoint
-        say   told if the random state of another kind of device cannot be used
+        path          of the checkpoint
+        say           told if the random state of another kind of device cannot be used, and of
+                      what differs
+        new_settings  as in slimlab.train.loop.train
 
         Raises InputError if it is of another configuration, naming the fields.
         """
-        check_same_run(read_json(path / "config.json"), self.described, path.parent)
+        stored = read_json(path / "config.json")
+        differing = check_same_run(stored, self.described, path.parent, new_settings)
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         found = load_checkpoint(path, self.model, self.optimizer)
+        for group, decay in zip(self.optimizer.param_groups, decays):
+            group["weight_decay"] = decay  # as asked now; the learning rate is set in every step
         self.step = found.data_position
+        if differing:
+            say(f"from step {self.step} on, other settings: {'; '.join(differing)}")
+            check_number("num_steps", self.config.num_steps, int, self.step, math.inf)
         self.scaler.load_state_dict(found.extra["scaler"])
         if not set_random_state(found.random_state, self.device):
             say(f"{path} was saved on another kind of device: dropout draws anew on {self.device}")
@@ -226,7 +243,9 @@ def _describe(
     return described
 
 
-def _not_finite(model: nn.Module, step: int, loss: float, lr: float) -> NotFiniteError:
+def _not_finite(
+    model: nn.Module, step: int, loss: float, lr: float, clip_norm: float | None
+) -> NotFiniteError:
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     norm = float(torch.nn.utils.get_total_norm(grads.values()))
     first = next((n for n, grad in grads.items() if not grad.isfinite().all()), None)
@@ -234,6 +253,7 @@ def _not_finite(model: nn.Module, step: int, loss: float, lr: float) -> NotFinit
     return NotFiniteError(
         "a finite loss and finite gradients",
         f"step {step}: loss {loss:.6g}, learning rate {lr:.3g}, gradient norm {norm:.6g}, {where}",
-        "lower peak_lr, lengthen warmup_steps or set clip_norm=1.0; if it happens in the first "
-        "steps, look for a division by 0 or the logarithm of 0 in model and loss",
+        f"lower peak_lr{'' if clip_norm else ', set clip_norm=1.0'} or lengthen warmup_steps; if "
+        "it happens in the first steps, look for a division by 0 or the logarithm of 0 in model "
+        "and loss",
     )

@@ -16,14 +16,31 @@ from slimlab.config import InputError, require
 FREE = (
     "device", "validate_every", "save_every", "keep_checkpoints", "recompute", "micro_batch_size",
 )  # fmt: skip
+# These decide the result, but weights and optimizer fit others: they may change when asked for.
+NEW_SETTINGS = tuple(
+    f"training.{name}"
+    for name in (
+        "num_steps",
+        "batch_size",
+        "peak_lr",
+        "warmup_steps",
+        "final_lr_fraction",
+        "weight_decay",
+        "clip_norm",
+    )  # fmt: skip
+)
 
 
-def check_same_run(stored: dict, current: dict, folder: Path) -> None:
+def check_same_run(
+    stored: dict, current: dict, folder: Path, new_settings: bool = False
+) -> list[str]:
     """Refuse to go on with a run of another configuration.
 
-    stored   config.json of its checkpoint
-    current  what is asked for now, in the same form
-    folder   of the run, for the message
+    stored        config.json of its checkpoint
+    current       what is asked for now, in the same form
+    folder        of the run, for the message
+    new_settings  let those of NEW_SETTINGS differ
+    returns       what differs and may
 
     Raises InputError that lists each field with both values.
     """
@@ -31,17 +48,23 @@ def check_same_run(stored: dict, current: dict, folder: Path) -> None:
     stored.pop("format", None)
     absent = "(absent)"
     names = [name for name in {**stored, **current} if name.rpartition(".")[2] not in FREE]
-    differing = [
-        f"{name} = {stored.get(name, absent)!r} there, {current.get(name, absent)!r} now"
+    differing = {
+        name: f"{name} = {stored.get(name, absent)!r} there, {current.get(name, absent)!r} now"
         for name in names
         if stored.get(name, absent) != current.get(name, absent)
-    ]
+    }
+    refused = [text for name, text in differing.items() if name not in NEW_SETTINGS]
+    change = "give the same values to go on with it, or another folder for a new run"
+    if not refused:
+        change += "; or new_settings=True, to go on from its last checkpoint with these"
+    told = refused if new_settings else list(differing.values())
     require(
-        not differing,
+        not told,
         "the configuration of the run that this folder holds",
-        f"{folder}: {'; '.join(differing)}",
-        "give the same values to go on with it, or another folder for a new run",
+        f"{folder}: {'; '.join(told)}",
+        change,
     )
+    return list(differing.values())
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

@@ -22,6 +22,7 @@ from slimlab.model.generation import generate
 from slimlab.model.initialise import initialise
 from slimlab.model.pretrained import from_pretrained
 from slimlab.model.transformer import device_of
+from slimlab.text.batches import text_ids
 from slimlab.text.corpus import Corpus
 from slimlab.text.progress import progress
 from slimlab.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ def train_on_text(
     sizes: dict,
     residual: str = "scaled",
     resume: bool = True,
+    new_settings: bool = False,
     show: bool = True,
     say: Callable[[str], None] = print,
     watch: Callable[[dict], None] | None = None,
@@ -75,29 +77,28 @@ def train_on_text(
     vocab_size  tokens at most; a small text has fewer pairs to merge
     sizes       d_model, num_layers and what else ModelConfig takes, but vocab_size
     residual    as in slimlab.model.initialise
-    resume, show, say, watch  as in slimlab.train.loop.train
+    resume, new_settings, show, say, watch  as in slimlab.train.loop.train
     returns     a TextModel with bits per byte of the held-out text
 
     Raises InputError as train does, and for another corpus or vocabulary than the folder's.
     """
     folder = Path(folder) if folder is not None else None
-    require(
-        type(vocab_size) is int and vocab_size > 256,
-        "vocab_size of at least 257: 256 bytes and a token that ends a text",
-        f"vocab_size = {vocab_size!r}",
-        "take 1024",
-    )
+    _check_before_work(config, vocab_size, sizes)
     tokenizer = _tokenizer_for(corpus, folder, vocab_size - 257, show)
+    ids = text_ids(encode_documents(tokenizer, corpus.train), config.seq_len)
+    if folder is not None:
+        _keep(tokenizer, folder)
     model_config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len, **sizes)
     with torch.random.fork_rng(devices=[]):
         model = initialise(build_model(model_config), residual=residual, seed=config.seed)
     history = train(
         model,
-        encode_documents(tokenizer, corpus.train),
+        ids,
         config,
         held_out=encode_documents(tokenizer, corpus.held_out) if corpus.held_out else None,
         run_folder=folder,
         resume=resume,
+        new_settings=new_settings,
         notes={"text": corpus.fingerprint, "vocab_size": vocab_size, "residual": residual},
         show=show,
         say=say,
@@ -105,6 +106,19 @@ def train_on_text(
     )
     measured = held_out_bits_per_byte(model, tokenizer, corpus) if corpus.held_out else None
     return TextModel(model, tokenizer, str(folder or "memory"), history, measured)
+
+
+def _check_before_work(config: TrainingConfig, vocab_size: int, sizes: dict) -> None:
+    """What is known to be wrong before the merges are learned, and nothing is written."""
+    require(
+        type(vocab_size) is int and vocab_size > 256,
+        "vocab_size of at least 257: 256 bytes and a token that ends a text",
+        f"vocab_size = {vocab_size!r}",
+        "take 1024",
+    )
+    choose_device(config.device)
+    with torch.device("meta"):  # shapes without numbers
+        build_model(ModelConfig(vocab_size=vocab_size, seq_len=config.seq_len, **sizes))
 
 
 def _tokenizer_for(corpus: Corpus, folder: Path | None, num_merges: int, show: bool) -> Tokenizer:
@@ -115,21 +129,25 @@ def _tokenizer_for(corpus: Corpus, folder: Path | None, num_merges: int, show: b
         return there
     bar = progress if show else None
     tokenizer = Tokenizer.train(corpus.train, num_merges, (END_OF_TEXT,), bar)
-    if folder is None:
-        return tokenizer
     require(
         there in (None, tokenizer),
         "a folder without a tokenizer, or with that of this text",
         f"{path}, of another text or vocabulary",
         "choose another folder",
     )
+    return tokenizer
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         given = f"{folder}: {error.strerror}"
         raise InputError("a folder for the run", given, "choose another folder") from error
     tokenizer.save(path)
-    return tokenizer
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Tensor:
@@ -178,7 +196,7 @@ def load_text_model(path: str | os.PathLike, device: str | torch.device = "auto"
     else:
         source = find_checkpoint(path)
         model = _model_of(source)
-    tokenizer = Tokenizer.load(_beside(source, "tokenizer.json"))
+    tokenizer = Tokenizer.load(_tokenizer_beside(source))
     require(
         tokenizer.vocab_size == model.config.vocab_size,
         f"a tokenizer of {model.config.vocab_size} tokens, as many as the model has",
@@ -205,9 +223,18 @@ def _model_of(checkpoint: Path) -> nn.Module:
     return model
 
 
-def _beside(path: Path, name: str) -> Path:
-    inside = path / name
-    return inside if inside.exists() else path.resolve().parent / name
+def _tokenizer_beside(source: Path) -> Path:
+    places = (source, source.resolve().parent)
+    found = next(
+        (one / "tokenizer.json" for one in places if (one / "tokenizer.json").exists()), None
+    )
+    require(
+        found is not None,
+        "a tokenizer.json of this book in the folder of the weights, or beside a checkpoint",
+        f"none in {places[0]}, nor in {places[1]}",
+        "copy the one of the run that trained the model: tokenizer.save(path) writes it",
+    )
+    return found
 
 
 def continue_text(
