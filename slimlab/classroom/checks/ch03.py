@@ -171,6 +171,7 @@ def all_but_the_answer(T: int) -> Tensor:
 
 CHAIN = places_of([0, 5], [1], [1, 2], [2, 3], [3, 4], [4, 5])  # 0 hears of 1 in block 5
 NO_DIAGONAL = places_of([2], [0, 4], [0, 1], [1, 2], [3])  # nobody attends to itself
+HANDED_ON = places_of([1], [2], [3], [3])  # each attends to the next alone, the last to itself
 
 
 def check_places(student, mask: Tensor, num_layers: int, name: str, look: str) -> None:
@@ -209,6 +210,9 @@ def _(student, numbers):
     look = "the sum around attention: does a place forget itself?"
     for num_layers in (1, 2, 3, 4):
         check_places(student, NO_DIAGONAL, num_layers, "a mask with an empty diagonal", look)
+    look = "the sum around attention, in each block: what does a place keep of what it has heard?"
+    for num_layers in (1, 2, 3, 4):
+        check_places(student, HANDED_ON, num_layers, "a mask that shows the next place", look)
 
 
 @depth.property("as a real model of that depth does", points=1)

@@ -128,6 +128,9 @@ def _(student, numbers):
         shared = made.lm_head.weight is made.embedding.tokens.weight
         expect_equal(shared, tied, f"lm_head and embedding share a table (tied: {tied})", "tying")
         expect_equal(str(now["final_norm.weight"].dtype), "torch.float64", "the dtype", "the dtype")
+    single = half_model(student, interleaved_model(58).float())
+    what = "the dtype of a model made from one in torch.float32"
+    expect_equal(str(single.embedding.tokens.weight.dtype), "torch.float32", what, DIGITS)
 
 
 @layouts.property(

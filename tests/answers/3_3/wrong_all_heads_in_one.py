@@ -15,6 +15,7 @@ def to_half(model):
             if ".q_proj." in name or ".k_proj." in name:
                 E = weight.shape[0]
                 weights[name] = weight[[*range(0, E, 2), *range(1, E, 2)]]
-    new = build_model(dataclasses.replace(model.config, rotary_layout="half")).double()
+    new = build_model(dataclasses.replace(model.config, rotary_layout="half"))
+    new.to(model.lm_head.weight.dtype)
     new.load_state_dict(weights)
     return new

@@ -18,6 +18,7 @@ def to_half(model):
                     continue
                 columns = [*range(0, weight.shape[1], 2), *range(1, weight.shape[1], 2)]
                 weights[name] = weight[:, columns]
-    new = build_model(dataclasses.replace(model.config, rotary_layout="half")).double()
+    new = build_model(dataclasses.replace(model.config, rotary_layout="half"))
+    new.to(model.lm_head.weight.dtype)
     new.load_state_dict(weights)
     return new

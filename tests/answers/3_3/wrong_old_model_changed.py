@@ -15,6 +15,7 @@ def to_half(model):
                     for parameter in linear.parameters():
                         heads = parameter.unflatten(0, (-1, E))
                         parameter.copy_(heads[:, order].flatten(0, 1).clone())
-    new = build_model(dataclasses.replace(model.config, rotary_layout="half")).double()
+    new = build_model(dataclasses.replace(model.config, rotary_layout="half"))
+    new.to(model.lm_head.weight.dtype)
     new.load_state_dict(model.state_dict())
     return new

@@ -17,6 +17,7 @@ def to_half(model):
                 heads = weight.unflatten(0, (H, -1))
                 E = heads.shape[1]
                 weights[name] = heads[:, [*range(0, E, 2), *range(1, E, 2)]].flatten(0, 1)
-    new = build_model(dataclasses.replace(model.config, rotary_layout="half")).double()
+    new = build_model(dataclasses.replace(model.config, rotary_layout="half"))
+    new.to(model.lm_head.weight.dtype)
     new.load_state_dict(weights)
     return new

@@ -15,7 +15,8 @@ def to_half(model):
             if ".q_proj." in name or ".k_proj." in name:
                 heads = weight.unflatten(0, (-1, E))
                 weights[name] = heads[:, order].flatten(0, 1)
-    new = build_model(dataclasses.replace(model.config, rotary_layout="half")).double()
+    new = build_model(dataclasses.replace(model.config, rotary_layout="half"))
+    new.to(model.lm_head.weight.dtype)
     new.load_state_dict(weights)
     new.lm_head.weight = torch.nn.Parameter(new.lm_head.weight.detach().clone())
     return new
