@@ -44,8 +44,41 @@ def refused(folder, *expected, **given):
     """Check that the folder is refused and that the message holds all that is expected."""
     with pytest.raises(InputError) as caught:
         from_pretrained(folder, **given)
+    assert str(caught.value).count("asked for:") == 1
     for part in expected:
         assert re.search(part, str(caught.value)), f"no {part!r} in: {caught.value}"
+
+
+def test_what_is_no_path_or_no_list_of_patterns_is_refused(tmp_path):
+    folder = saved(tmp_path, "gpt2")
+    for given in (None, 5, b"folder", ""):
+        refused(given, "the path of a folder", re.escape(f"given: {given!r}"))
+    edit_config(folder, surprise=1)
+    # Its star, taken for a pattern of its own, would let the unknown setting pass.
+    refused(folder, "a list of patterns", r'give \["classifier', ignore="classifier.*")
+
+
+def test_the_hubs_cache_is_read_through_its_links_and_its_top_folder_points_to_the_right_one(
+    tmp_path,
+):
+    folder, top = saved(tmp_path, "gpt2"), tmp_path / "models--us er--gpt"
+    (top / "snapshots" / "0a1b").mkdir(parents=True)
+    (top / "blobs").mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(top / "blobs" / str(number))
+        (top / "snapshots" / "0a1b" / file.name).symlink_to(f"../../blobs/{number}")
+    ids = torch.tensor([[3, 1, 2]])
+    expected = model_of("gpt2")(ids).shape
+    assert from_pretrained(f"{top}/snapshots/0a1b/")(ids).shape == expected
+    refused(top, re.escape(f"change: give {top / 'snapshots' / '0a1b'}"))
+
+
+def test_a_compiled_model_is_not_taken_for_one_that_lacks_tensors(tmp_path):
+    wrapped, model = nn.Module(), model_of("gpt2")
+    wrapped._orig_mod, wrapped.config = model, model.config  # as torch.compile wraps it
+    with pytest.raises(InputError, match="_orig_mod"):
+        save_pretrained(wrapped, tmp_path / "new")
+    save_pretrained(model, tmp_path / "new")
 
 
 class Pickled:

@@ -73,6 +73,9 @@ def from_pretrained(
     settings that are not read here, and if settings and tensors contradict each other.
     """
     device = _checked_device(device)
+    # Letter by letter, "classifier.*" would let everything pass, for its star.
+    listed = isinstance(ignore, list | tuple) and all(isinstance(one, str) for one in ignore)
+    require(listed, "ignore, a list of patterns", f"ignore = {ignore!r}", 'give ["classifier.*"]')
     require(
         dtype is None or dtype in FLOATS,
         f"dtype, one of {', '.join(map(str, FLOATS))}, or None",
@@ -198,10 +201,11 @@ def save_pretrained(
     """
     config = getattr(model, "config", None)
     require(
-        isinstance(model, nn.Module) and isinstance(config, ModelConfig),
+        isinstance(config, ModelConfig) and not hasattr(model, "_orig_mod"),
         "a model of this book",
         f"a {type(model).__name__}",
-        "give the Decoder or Encoder itself, not what wraps it",
+        "give the Decoder or Encoder itself, not what wraps it (torch.compile keeps it as "
+        "model._orig_mod, DistributedDataParallel as model.module)",
     )
     if max_shard_bytes is not None:
         check_size("max_shard_bytes", max_shard_bytes)

@@ -38,6 +38,12 @@ def read_config_json(folder: str | os.PathLike) -> dict:
 
     Raises InputError if there is no such folder or file, or it holds no JSON object.
     """
+    require(
+        isinstance(folder, str | os.PathLike) and str(folder) != "",
+        "the path of a folder",
+        repr(folder),
+        "give it as text or as a pathlib.Path",
+    )
     folder = Path(folder)
     if not folder.is_dir():
         aside = leftovers(folder, ".old")
@@ -65,14 +71,20 @@ def leftovers(folder: Path, end: str) -> list[Path]:
 def _read_json(path: Path, asked: str) -> dict:
     try:
         content = json.loads(path.read_bytes())
-        require(isinstance(content, dict), asked, f"{path}: no JSON object", "fetch it again")
-        return content
     except OSError as error:
-        listed = ", ".join(sorted(one.name for one in path.parent.iterdir())[:8]) or "nothing"
-        given = f"{path}: {error.strerror}; the folder holds {listed}"
-        raise InputError(asked, given, "fetch the whole folder") from error
-    except ValueError as error:
+        names = sorted(one.name for one in path.parent.iterdir())
+        given = f"{path}: {error.strerror}; the folder holds {', '.join(names[:8]) or 'nothing'}"
+        raise InputError(asked, given, _elsewhere(path.parent)) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(asked, f"{path}: no JSON: {error}", _fetch(path)) from error
+    require(isinstance(content, dict), asked, f"{path}: no JSON object", _fetch(path))
+    return content
+
+
+def _elsewhere(folder: Path) -> str:
+    """In the Hub's cache a model's files lie one level deeper, under the name of a commit."""
+    inside = sorted(folder.glob(f"snapshots/*/{CONFIG}"))
+    return f"give {inside[-1].parent}" if inside else "fetch the whole folder"
 
 
 def find_tensors(folder: str | os.PathLike) -> dict[str, StoredTensor]:
