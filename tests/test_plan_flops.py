@@ -1,5 +1,7 @@
 """Predicted FLOP against what torch counts in the models, forward and in a training step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plan_cases import CASES, GPT2, batch_of, loss_of, model_of
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from slimlab.config import InputError, ModelConfig
 from slimlab.plan import published
 from slimlab.plan.flops import training_flop
-from slimlab.plan.params import num_params
+from slimlab.plan.params import num_params, param_shapes
 from slimlab.plan.training_flop import (
     backward_flop,
     forward_flop,
@@ -135,6 +137,9 @@ def test_lengths_that_are_not_given_are_those_of_the_configuration():
         lambda: forward_flop(CASES["decoder llama"], 2, -3),
         lambda: forward_flop(CASES["decoder llama"], 2, 5, source_len=4),
         lambda: forward_flop(CASES["both llama"], 2, 5, source_len=0),
+        lambda: forward_flop(replace(CASES["decoder llama"], positions="learned"), 2, 999),
+        lambda: forward_flop({"d_model": 8}, 2),
+        lambda: param_shapes("gpt2"),
         lambda: backward_flop(CASES["decoder llama"], 2, form="flash"),
         lambda: training_step_flop(CASES["decoder llama"], 2, recompute="all"),
     ],

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
-from slimlab.config import ModelConfig
+from slimlab.config import ModelConfig, require
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -23,9 +23,25 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     returns  name -> shape, in the order of the model's named_parameters(). A matrix that maps I
              features to O has the shape (O, I), as nn.Linear keeps it. A tied lm_head is the table
              of the tokens once more and stands in the list once, as embedding.tokens.weight.
+
+    Raises InputError for what is no configuration.
     """
+    check_config(config)
     stacks = {"decoder": _decoder, "encoder": _encoder, "encoder_decoder": _encoder_decoder}
     return dict(stacks[config.kind](config))
+
+
+def check_config(config: ModelConfig) -> None:
+    """Refuse a model, a dict or a name where a plan needs the configuration.
+
+    config  what was given
+    """
+    require(
+        isinstance(config, ModelConfig),
+        "a ModelConfig",
+        f"a {type(config).__name__}",
+        "give model.config, ModelConfig(...) or family_config(name)",
+    )
 
 
 def num_params(config: ModelConfig) -> int:

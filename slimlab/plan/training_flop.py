@@ -15,6 +15,7 @@ a processor runs for each shape.
 
 from slimlab.config import ModelConfig, check_choice, check_size, require
 from slimlab.plan.flops import attention_flop
+from slimlab.plan.params import check_config
 
 FORMS = ("explicit", "tiled", "fused")
 RECOMPUTE = ("none", "block")
@@ -177,6 +178,7 @@ def batch_lengths(
 
     Raises InputError as forward_flop_by_part does.
     """
+    check_config(config)
     check_size("batch_size", batch_size)
     T = config.seq_len if seq_len is None else seq_len
     check_size("seq_len", T)
@@ -188,4 +190,10 @@ def batch_lengths(
     )
     S = T if source_len is None else source_len
     check_size("source_len", S)
+    require(
+        config.positions not in ("learned", "sinusoidal") or max(T, S) <= config.seq_len,
+        f"at most {config.seq_len} positions, the table of this model (seq_len)",
+        f"{max(T, S)} positions",
+        "plan for fewer, or for a configuration with a larger seq_len",
+    )
     return T, S
