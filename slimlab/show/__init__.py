@@ -8,6 +8,7 @@ from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
 from slimlab.show.source import show_source
+from slimlab.show.stacks import stacked_bars
 from slimlab.show.style import COLOURS, use_style
 from slimlab.text.progress import progress
 
@@ -27,5 +28,6 @@ __all__ = [
     "matrix_product_figure",
     "progress",
     "show_source",
+    "stacked_bars",
     "use_style",
 ]
