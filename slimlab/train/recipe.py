@@ -1,8 +1,8 @@
 """The recipe of the model of the book, in numbers: what `slimlab train` does unless told otherwise.
 
-slimlab.train.reference trains it. Each choice was measured: slimlab.train.reference_evidence.json
-has the runs, chapter 05 shows them, benchmarks/reference_recipe.py repeats them. Bits per byte
-below are of one or two seeds each, on the text of Python 3.11; three seeds of the recipe itself
+slimlab.train.reference trains it. Choices with a number below were measured; depth, heads, warm-up,
+betas and clipping were not, and are what is customary. The runs are in reference_evidence.json,
+chapter 05 shows them, benchmarks/reference_recipe.py makes such runs. Bits per byte are of one or two seeds each, on the text of Python 3.11; three seeds of the recipe itself
 reach 1.65 to 1.68, so that differences of 0.02 decide nothing.
 
 Production recipes are found by trials at several small sizes and carried over to a large one, on
