@@ -7,6 +7,7 @@ from slimlab.show.architecture import framed_figure, mask_panels
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
+from slimlab.show.predicted import predicted_figure
 from slimlab.show.source import show_source
 from slimlab.show.stacks import stacked_bars
 from slimlab.show.style import COLOURS, use_style
@@ -26,6 +27,7 @@ __all__ = [
     "mask_figure",
     "mask_panels",
     "matrix_product_figure",
+    "predicted_figure",
     "progress",
     "show_source",
     "stacked_bars",
