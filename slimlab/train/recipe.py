@@ -2,8 +2,9 @@
 
 slimlab.train.reference trains it. Choices with a number below were measured; depth, heads, warm-up,
 betas and clipping were not, and are what is customary. The runs are in reference_evidence.json,
-chapter 05 shows them, benchmarks/reference_recipe.py makes such runs. Bits per byte are of one or two seeds each, on the text of Python 3.11; three seeds of the recipe itself
-reach 1.65 to 1.68, so that differences of 0.02 decide nothing.
+chapter 05 shows them, benchmarks/reference_recipe.py makes more. Bits per byte are of one or two
+seeds each, on the text of Python 3.11. Three seeds of the recipe itself reach 1.65 to 1.68, so that
+differences of 0.02 decide nothing.
 
 Production recipes are found by trials at several small sizes and carried over to a large one, on
 text that is used for nothing else; here the text that chose the recipe also judges the model.
