@@ -155,6 +155,18 @@ def test_curves_differ_in_colour_line_and_marker_and_carry_units():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
 
 
+def test_guides_differ_in_their_dashes_also_where_the_legend_names_them():
+    guides = {"a": 3, "b": 2.5, "c": 2, "d": 1.5, "e": 1}
+    axes = show.curves({"one": ([1, 2], [3, 1])}, "x", "y", guides=guides).axes[0]
+    in_legend = axes.get_legend().get_lines()[1:]
+    for lines in (axes.lines[1:], in_legend):
+        assert [line.get_label() for line in lines] == list(guides)
+        assert len({str(line._unscaled_dash_pattern) for line in lines}) == len(guides)
+    width_pt = axes.get_legend().handlelength * axes.get_legend()._fontsize
+    for line in in_legend[:3]:  # one period fits into the legend
+        assert sum(line._unscaled_dash_pattern[1]) * line.get_linewidth() < width_pt
+
+
 def test_bars_have_the_given_heights_and_write_them_down():
     axes = show.bars({"a": 3, "b": 12.5}, "memory (MB)").axes[0]
     assert [bar.get_height() for bar in axes.patches] == [3, 12.5]

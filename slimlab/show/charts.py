@@ -15,6 +15,8 @@ from slimlab.show.style import COLOURS, GREY, LINE_STYLES, MARKERS, new_figure, 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 MAX_MARKED_POINTS = 25
 MAX_TICKS = 8
+# Lengths of dash and gap in line widths: long, dotted, dash and dot, then ever longer dashes.
+GUIDE_DASHES = ((4, 2), (1, 1.2), (6, 1.5, 1, 1.5))
 
 
 def curves(
@@ -34,7 +36,8 @@ def curves(
     title    printed above
     log_x    logarithmic x axis
     log_y    logarithmic y axis
-    guides   label -> y value of a horizontal line, for predictions and limits
+    guides   label -> y value of a horizontal line, for predictions and limits; each line has dashes
+             of its own
     returns  the figure
 
     Raises InputError if x and y differ in number, or a logarithmic axis meets a value <= 0.
@@ -59,7 +62,8 @@ def curves(
             label=label,
         )
     for index, (label, value) in enumerate((guides or {}).items()):
-        axes.axhline(value, color=GREY, linestyle=(0, (4 + 2 * index, 2)), label=label)
+        dashes = GUIDE_DASHES[index] if index < len(GUIDE_DASHES) else (4 + 3 * index, 2)
+        axes.axhline(value, color=GREY, linestyle=(0, dashes), label=label)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log" if log_y else "linear")
@@ -69,7 +73,7 @@ def curves(
         axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.xaxis.minorticks_off()
     if len(series) + len(guides or {}) > 1:
-        axes.legend()
+        axes.legend(handlelength=3.5 if guides else None)
     return figure
 
 
