@@ -34,7 +34,7 @@ book: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
-	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=120 chapters solutions
+	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=300 chapters solutions
 
 lab: $(READY)
 	@$(BIN)/jupyter lab $(LAB)

@@ -1,7 +1,7 @@
 """Committed notebooks are executed, tidy and built like a chapter; each rule is shown to bite.
 
 That stored outputs are what the code gives today is checked by nbval:
-pytest --nbval --nbval-cell-timeout=120 chapters solutions
+pytest --nbval --nbval-cell-timeout=300 chapters solutions
 """
 
 import copy

@@ -41,6 +41,12 @@ def corpus():
     return corpus_from(documents, "words", held_out_fraction=0.2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Equal weights are asked for below: another number of threads adds in another order."""
+    monkeypatch.setattr("slimlab.train.threads.num_processors", lambda: 1)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMLAB_CACHE", str(tmp_path / "cache"))
