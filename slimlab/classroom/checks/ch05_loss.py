@@ -65,7 +65,7 @@ def quotients(logits: Tensor, targets: Tensor, smoothing: float, z_weight: float
     return found
 
 
-def answer(student, logits: Tensor, targets: Tensor, smoothing: float, z_weight: float) -> tuple:
+def loss_and_gradient_of(student, logits: Tensor, targets: Tensor, smoothing: float, z_weight: float) -> tuple:
     """Call the student's function without autograd; return loss and gradient, as it gave them.
 
     logits, targets, smoothing, z_weight  what it is called with; it must leave them as they are
@@ -97,7 +97,7 @@ def compare(student, case: tuple, smoothing: float, z_weight: float, look: str) 
     look                 where to look
     """
     logits, targets = case
-    loss, gradient = answer(student, logits, targets, smoothing, z_weight)
+    loss, gradient = loss_and_gradient_of(student, logits, targets, smoothing, z_weight)
     with_these = f"with smoothing {smoothing} and z_weight {z_weight}"
     wanted = loop_loss(logits.tolist(), targets.tolist(), smoothing, z_weight)
     near = {"rtol": 1e-9, "reason": "float64 rounding"}
@@ -138,7 +138,7 @@ def _(student, numbers):
 def _(student, numbers):
     logits, targets = drawn(6, 3, 4)
     logits = 250 * logits / logits.abs().max() * torch.tensor([4.0, -4.0, 2.0])[:, None]
-    loss, gradient = answer(student, logits, targets, 0.1, 1e-4)
+    loss, gradient = loss_and_gradient_of(student, logits, targets, 0.1, 1e-4)
     look = "exp of large numbers, and the logarithm of what has become 0"
     wanted = loop_loss(logits.tolist(), targets.tolist(), 0.1, 1e-4)
     near = {"rtol": 1e-9, "reason": "float64 rounding"}
