@@ -65,7 +65,9 @@ def quotients(logits: Tensor, targets: Tensor, smoothing: float, z_weight: float
     return found
 
 
-def loss_and_gradient_of(student, logits: Tensor, targets: Tensor, smoothing: float, z_weight: float) -> tuple:
+def loss_and_gradient_of(
+    student, logits: Tensor, targets: Tensor, smoothing: float, z_weight: float
+) -> tuple:
     """Call the student's function without autograd; return loss and gradient, as it gave them.
 
     logits, targets, smoothing, z_weight  what it is called with; it must leave them as they are
