@@ -27,7 +27,7 @@ from slimlab.classroom.line import ProgressLine  # noqa: E402
 from slimlab.config import InputError, require  # noqa: E402
 from slimlab.text.files import decode_utf8, read_blocks  # noqa: E402
 
-CELL_TIMEOUT_S = 120
+CELL_TIMEOUT_S = 300
 
 
 def to_text(notebook) -> str:
