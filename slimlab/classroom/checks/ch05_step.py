@@ -17,6 +17,9 @@ from slimlab.classroom.exercise import Exercise
 from slimlab.classroom.grading import expect, expect_close
 
 NEAR = {"atol": 1e-10, "rtol": 0.0, "reason": "float64 rounding"}
+# PyTorch adds 1e-6 to the length of the gradient, other ways of clipping add nothing; what differs
+# in the weights then differs in the next loss.
+CLIPPED = {"atol": 1e-6, "rtol": 0.0, "reason": "float64 rounding, and what clipping adds"}
 V, D = 7, 3
 
 careless = Exercise(
@@ -181,10 +184,10 @@ def check_mended(student, kind: str, size: int, lengths: list[int], clip_norm: f
             model.parameters(), other.parameters()
         ))):  # fmt: skip
             what = f"{name} after update {seed - 4}, tokens {lengths} in pieces of {size}"
-            expect_close(one, right, what, look, **NEAR)
+            expect_close(one, right, what, look, **(CLIPPED if clip_norm < 1 else NEAR))
         what = f"the loss that mended_step returned, tokens {lengths} in pieces of {size}"
         place = "what is added up for the return line, and what it is divided by"
-        expect_close(loss, wanted, what, place, **NEAR)
+        expect_close(loss, wanted, what, place, **(CLIPPED if clip_norm < 1 else NEAR))
     most = max(sizes)
     place = "what is given to the model in one call"
     expect(most <= size, f"{most} sequences in the model at a time", f"at most {size}", place)
