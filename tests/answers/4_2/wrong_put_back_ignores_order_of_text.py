@@ -1,0 +1,28 @@
+def hide_spans(ids, spans, sentinels):
+    if len(spans) >= len(sentinels):
+        raise ValueError("too few sentinels")
+    owner = [None] * len(ids)
+    for number, (start, length) in enumerate(sorted(spans)):
+        if length < 1 or start < 0 or start + length > len(ids):
+            raise ValueError("a span outside of the text")
+        for place in range(start, start + length):
+            if owner[place] is not None:
+                raise ValueError("spans overlap")
+            owner[place] = number
+    inputs, targets = [], []
+    for place, token in enumerate(ids):
+        number = owner[place]
+        if number is None:
+            inputs.append(token)
+            continue
+        if place == 0 or owner[place - 1] != number:
+            inputs.append(sentinels[number])
+            targets.append(sentinels[number])
+        targets.append(token)
+    targets.append(sentinels[len(spans)])
+    return inputs, targets
+
+
+def put_back(inputs, targets, sentinels):
+    kept = [token for token in inputs if token not in sentinels]
+    return kept + [token for token in targets if token not in sentinels]
