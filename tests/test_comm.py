@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from slimlab.comm.base import Communicator, LedgerEntry, PayloadLedger, reduce_in_rank_order
+from slimlab.comm.base import Communicator
 from slimlab.comm.launch import RankResults, run_ranks
+from slimlab.comm.ledger import LedgerEntry, PayloadLedger
+from slimlab.comm.reductions import reduce_in_rank_order
 from slimlab.config import InputError
 
 

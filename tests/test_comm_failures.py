@@ -327,7 +327,7 @@ def test_an_endless_loop_is_ended_and_its_line_named():
 
 
 def test_a_rank_that_cannot_be_ended_is_said_to_go_on(monkeypatch):
-    monkeypatch.setattr("slimlab.comm.threads.GRACE_S", 0.1)
+    monkeypatch.setattr("slimlab.comm.thread_ranks.GRACE_S", 0.1)
     release = threading.Event()
 
     def program(comm):
@@ -340,7 +340,7 @@ def test_a_rank_that_cannot_be_ended_is_said_to_go_on(monkeypatch):
 
 
 def test_a_rank_that_went_on_is_stopped_at_its_next_call(monkeypatch):
-    monkeypatch.setattr("slimlab.comm.threads.GRACE_S", 0.1)
+    monkeypatch.setattr("slimlab.comm.thread_ranks.GRACE_S", 0.1)
     release, ended = threading.Event(), threading.Event()
 
     def program(comm):

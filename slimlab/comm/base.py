@@ -2,252 +2,214 @@
 
 A parallel program is a function `program(comm, ...)`. Each rank runs it with a communicator of its
 own, which knows the rank, the number of ranks, and how to move tensors between them. What carries
-the tensors is a runtime's business: threads of one process (slimlab.comm.threads) are the first.
+the tensors is a runtime's business: threads of one process (slimlab.comm.threads), MPI
+(slimlab.comm.mpi), torch.distributed (slimlab.comm.distributed).
 
-A runtime writes the methods that begin with an underscore. Checks and bookkeeping happen here,
-once for all runtimes: every call notes its payload in the rank's ledger.
+A runtime writes the methods that begin with an underscore. Checks and bookkeeping happen here, in
+slimlab.comm.messages and in slimlab.comm.reductions, once for all runtimes: every call notes its
+payload in the ledger.
 
-Chapter 00 sends the first message, chapter 07 explains every call. Names are torch.distributed's.
-Production libraries also reduce in place, overlap communication with computation, and choose the
-algorithm by size; payload is what a call is handed, not what crosses each link.
+Chapter 00 sends the first message, chapter 07 explains every call. Names are torch.distributed's;
+unlike there, a collective leaves its argument as it is and returns a new tensor, unless it is given
+an `out`, which may be the argument itself.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from slimlab.comm.report import text_table
+from slimlab.comm.calls import (
+    Call,
+    check_out,
+    check_payload,
+    check_rows,
+    check_sizes,
+    kind_of,
+    short_sizes,
+)
+from slimlab.comm.reductions import Reductions
 from slimlab.config import require
 
-REDUCTIONS = ("sum", "mean", "max", "min")
 
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One finished call of one rank.
-
-    call     "send", "recv", "all_reduce" or "barrier"
-    n_bytes  payload: elements times bytes per element
-    dtype    of the payload; None for a barrier
-    shape    of the payload; None for a barrier
-    peer     rank sent to or received from; None for a collective
-    """
-
-    call: str
-    n_bytes: int
-    dtype: torch.dtype | None
-    shape: tuple[int, ...] | None
-    peer: int | None
-
-
-class PayloadLedger:
-    """The calls of one rank, in the order in which they finished, with their payload in bytes.
-
-    A send counts what was handed over, a recv what came back: over all ranks a message stands in
-    two ledgers, so ask for "send" to count it once. An all_reduce counts its argument once,
-    whatever its algorithm moves.
-    """
-
-    def __init__(self):
-        self.entries: list[LedgerEntry] = []
-
-    def add(self, call: str, tensor: Tensor | None = None, peer: int | None = None) -> None:
-        """Note a finished call.
-
-        call    its name
-        tensor  its payload
-        peer    the other rank, if there is one
-        """
-        if tensor is None:
-            self.entries.append(LedgerEntry(call, 0, None, None, peer))
-        else:
-            n_bytes = tensor.numel() * tensor.element_size()
-            shape = tuple(tensor.shape)
-            self.entries.append(LedgerEntry(call, n_bytes, tensor.dtype, shape, peer))
-
-    def total_bytes(self, call: str | None = None) -> int:
-        """Add up the payload.
-
-        call  only calls of this name; all if not given
-        """
-        return sum(entry.n_bytes for entry in self._chosen(call))
-
-    def num_calls(self, call: str | None = None) -> int:
-        """Count the calls.
-
-        call  only calls of this name; all if not given
-        """
-        return len(self._chosen(call))
-
-    def table(self) -> str:
-        """List the names of the calls with their number and payload, one line each."""
-        names = dict.fromkeys(entry.call for entry in self.entries)
-        rows = [(name, self.num_calls(name), f"{self.total_bytes(name):,}") for name in names]
-        return text_table(("call", "calls", "bytes"), rows)
-
-    def _chosen(self, call: str | None) -> list[LedgerEntry]:
-        return [entry for entry in self.entries if call in (None, entry.call)]
-
-
-class Communicator(ABC):
+class Communicator(Reductions):
     """One rank's connection to the others.
 
-    rank        this rank, from 0 to world_size - 1
-    world_size  number of ranks
-    ledger      what this rank's calls were handed
-
-    Tensors travel as data: gradients do not flow through a call.
+    Attributes and messages between two ranks: slimlab.comm.messages.Messages. Of all collectives
+    holds: all ranks must make the same calls in the same order. "Parts" lie one behind the other
+    along dim 0, in rank order. Tensors travel as data: gradients do not flow through a call.
+    Raises InputError for arguments that do not fit; MismatchError (slimlab.comm.report) if the
+    ranks meet in different calls.
     """
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
-        self.ledger = PayloadLedger()
+    def all_gather(
+        self, tensor: Tensor, *, sizes: Sequence[int] | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Join the parts of all ranks, for every rank.
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(rank={self.rank}, world_size={self.world_size})"
+        tensor   this rank's part, a shard; same dtype and, but for dim 0, same shape on every rank
+        sizes    rows of each rank's part, the same list on every rank; None: all as this one
+        out      where to put the whole; None: a new tensor
+        returns  the parts, one behind the other in rank order, the same on every rank
 
-    def send(self, tensor: Tensor, dst: int, tag: int = 0) -> None:
-        """Send a copy of a tensor to another rank.
-
-        tensor  any shape, this rank's own
-        dst     the rank that receives
-        tag     tells messages to the same rank apart
-
-        Communicates: one message. A program must not count on send to return before the message
-        is received: runtimes differ in this.
-        Raises InputError for a payload that is no tensor, a dst that is no other rank, a bad tag.
+        Communicates: one all_gather of the part.
         """
-        _check_payload("send", tensor)
-        self._check_peer("dst", dst)
-        _check_tag(tag)
-        self._send(tensor.detach(), dst, tag)
-        self.ledger.add("send", tensor, peer=dst)
-
-    def recv(self, src: int, tag: int = 0) -> Tensor:
-        """Wait for a message from another rank.
-
-        src      the rank that sends
-        tag      only a message with this tag; those of one tag arrive in the order of sending
-        returns  the tensor that was sent, this rank's own
-
-        Communicates: one message.
-        Raises InputError for a src that is no other rank, and for a bad tag.
-        """
-        self._check_peer("src", src)
-        _check_tag(tag)
-        tensor = self._recv(src, tag)
-        self.ledger.add("recv", tensor, peer=src)
-        return tensor
-
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Combine the tensors of all ranks, element by element.
-
-        tensor   this rank's part; the same shape and dtype on every rank
-        op       "sum", "mean", "max" or "min"
-        returns  a new tensor, the same on every rank; the argument stays as it was
-
-        Communicates: one all_reduce of the tensor. All ranks must call it.
-        Raises InputError for an unknown op, or one that the dtype does not have.
-        """
-        _check_payload("all_reduce", tensor)
-        _check_reduction(op, tensor.dtype)
-        result = self._all_reduce(tensor.detach(), op)
-        self.ledger.add("all_reduce", tensor)
+        sizes, call = self._call_gather("all_gather", tensor, sizes, "", out)
+        with self.progress.inside(call):
+            result = self._all_gather(call, tensor.detach(), sizes, out)
+        self._note("all_gather", tensor)
         return result
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here.
+    def gather(
+        self,
+        tensor: Tensor,
+        dst: int = 0,
+        *,
+        sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """Join the parts of all ranks, for one rank.
 
-        Communicates: no payload. All ranks must call it.
+        tensor   this rank's part; same dtype and, but for dim 0, same shape on every rank
+        dst      the rank that gets the whole
+        sizes    rows of each rank's part, the same list on every rank; None: all as this one
+        out      on dst, where to put the whole; None: a new tensor
+        returns  the parts, one behind the other in rank order, on dst; None on the others
+
+        Communicates: one gather of the part.
         """
-        self._barrier()
-        self.ledger.add("barrier")
+        self._check_root("dst", dst)
+        sizes, call = self._call_gather("gather", tensor, sizes, f", dst={dst}", out)
+        with self.progress.inside(call):
+            result = self._gather(call, tensor.detach(), dst, sizes, out)
+        self._note("gather", tensor)
+        return result
 
-    @abstractmethod
-    def _send(self, tensor: Tensor, dst: int, tag: int) -> None: ...
+    def scatter(
+        self,
+        tensor: Tensor | None,
+        src: int = 0,
+        *,
+        sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Hand out the parts of one rank's tensor.
 
-    @abstractmethod
-    def _recv(self, src: int, tag: int) -> Tensor: ...
+        tensor   on src all parts, one behind the other; ignored elsewhere, usually None
+        src      the rank whose tensor it is
+        sizes    on src, rows of each rank's part; None: equal parts; ignored elsewhere
+        out      where to put this rank's part; None: a new tensor
+        returns  part number `rank`: a shard
 
-    @abstractmethod
-    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor: ...
-
-    @abstractmethod
-    def _barrier(self) -> None: ...
-
-    def _check_peer(self, name: str, peer: int) -> None:
-        others = [str(rank) for rank in range(self.world_size) if rank != self.rank]
-        whole = isinstance(peer, int) and not isinstance(peer, bool)
-        require(
-            whole and 0 <= peer < self.world_size,
-            f"{name}: a rank from 0 to {self.world_size - 1}",
-            f"{name} = {peer!r} on rank {self.rank} of {self.world_size}",
-            "for a ring use (comm.rank + 1) % comm.world_size",
-        )
-        require(
-            peer != self.rank,
-            f"{name}: another rank than oneself",
-            f"{name} = {peer} on rank {self.rank}",
-            f"use one of {', '.join(others)}; a rank has its own data already, and on some "
-            "runtimes a message to itself waits for ever"
-            if others
-            else "start more than one rank",
-        )
-
-
-def reduce_in_rank_order(tensors: Sequence[Tensor], op: str) -> Tensor:
-    """Combine one tensor per rank, in the order of the ranks.
-
-    Floating sums depend on their order; with the order fixed, every run gives the same bits.
-
-    tensors  one per rank, same shape and dtype
-    op       "sum", "mean", "max" or "min"
-    returns  a new tensor
-    """
-    total = tensors[0].clone(memory_format=torch.contiguous_format)
-    for tensor in tensors[1:]:
-        if op in ("sum", "mean"):
-            total += tensor
+        Communicates: one scatter; the ledger counts the whole on src and the part elsewhere.
+        """
+        self._check_root("src", src)
+        if self.rank == src:
+            check_payload("scatter", tensor)
+            check_rows("scatter", tensor)
+            sizes = self._sizes("scatter", sizes, tensor.shape[0])
+            check_out("scatter", out, (sizes[self.rank], *tensor.shape[1:]), tensor)
+            tensor = tensor.detach()
         else:
-            total = torch.maximum(total, tensor) if op == "max" else torch.minimum(total, tensor)
-    return total / len(tensors) if op == "mean" else total
+            tensor = sizes = None
+            if out is not None:
+                check_out("scatter", out, out.shape, out)
+        call = Call("scatter", f"src={src}")
+        with self.progress.inside(call):
+            result = self._scatter(call, tensor, src, sizes, out)
+        self._note("scatter", tensor if self.rank == src else result)
+        return result
 
+    def all_to_all(
+        self,
+        tensor: Tensor,
+        *,
+        send_sizes: Sequence[int] | None = None,
+        recv_sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Send part j to rank j, and get part number `rank` of every rank.
 
-def _check_payload(call: str, tensor: object) -> None:
-    require(
-        isinstance(tensor, Tensor) and tensor.layout == torch.strided,
-        f"{call}: a dense tensor",
-        f"a {type(tensor).__name__}"
-        + (f" of layout {tensor.layout}" if isinstance(tensor, Tensor) else ""),
-        "wrap numbers in torch.tensor(...); send a list's tensors one by one",
-    )
+        tensor      parts for all ranks, one behind the other; same dtype and, but for dim 0, same
+                    shape on every rank
+        send_sizes  rows for each rank; None: equal parts
+        recv_sizes  rows from each rank; None: equal parts. Give both or neither
+        out         where to put the result; not tensor itself; None: a new tensor
+        returns     the parts from all ranks, one behind the other in rank order
 
+        Communicates: one all_to_all of the tensor.
+        """
+        check_payload("all_to_all", tensor)
+        check_rows("all_to_all", tensor)
+        require(
+            (send_sizes is None) == (recv_sizes is None),
+            "all_to_all: both send_sizes and recv_sizes, or neither",
+            f"send_sizes = {send_sizes}, recv_sizes = {recv_sizes}",
+            "tell each rank what it sends and what it gets",
+        )
+        uneven = send_sizes is not None
+        send_sizes = self._sizes("all_to_all", send_sizes, tensor.shape[0])
+        recv_sizes = self._sizes("all_to_all", recv_sizes, None if uneven else tensor.shape[0])
+        check_out("all_to_all", out, (sum(recv_sizes), *tensor.shape[1:]), tensor)
+        rows = f"rows of {tuple(tensor.shape[1:])}, uneven" if uneven else ""
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} {rows}" if uneven else kind_of(tensor)
+        call = Call("all_to_all", kind)
+        with self.progress.inside(call):
+            result = self._all_to_all(call, tensor.detach(), send_sizes, recv_sizes, out)
+        self._note("all_to_all", tensor)
+        return result
 
-def _check_tag(tag: object) -> None:
-    require(
-        isinstance(tag, int) and not isinstance(tag, bool) and tag >= 0,
-        "tag: a whole number of at least 0",
-        f"tag = {tag!r}",
-        "leave tag out unless two messages must be told apart",
-    )
+    def split(self, color: int | None, key: int = 0) -> "Communicator | None":
+        """Divide the ranks into groups that talk among themselves.
 
+        color    ranks of the same color make a group; None: this rank joins none
+        key      the order of ranks in the group, equal keys in the order of their ranks here
+        returns  a communicator of the group, with ranks counted from 0 again; None without color.
+                 It shares this one's ledger
 
-def _check_reduction(op: object, dtype: torch.dtype) -> None:
-    require(
-        op in REDUCTIONS,
-        f"op: one of {', '.join(REDUCTIONS)}",
-        f"op = {op!r}",
-        "choose one of these names",
-    )
-    whole = not (dtype.is_floating_point or dtype.is_complex)
-    undefined = dtype == torch.bool or (op == "mean" and whole)
-    undefined = undefined or (op in ("max", "min") and dtype.is_complex)
-    require(
-        not undefined,
-        f"a dtype that has a {op}",
-        f"op = {op!r} of {dtype}",
-        "convert the tensor first, for instance with .float() or .long()",
-    )
+        Communicates: color and key of every rank.
+        """
+        for name, value in (("color", color), ("key", key)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(
+                whole or (name == "color" and value is None),
+                f"split: {name}, a whole number" + (" or None" if name == "color" else ""),
+                f"{name} = {value!r}",
+                "comm.split(comm.rank // 2) makes pairs, comm.split(comm.rank % 2) evens and odds",
+            )
+        call = Call("split")
+        with self.progress.inside(call):
+            return self._split(call, color, key)
+
+    @abstractmethod
+    def _all_gather(self, call, tensor, sizes, out): ...
+
+    @abstractmethod
+    def _gather(self, call, tensor, dst, sizes, out): ...
+
+    @abstractmethod
+    def _scatter(self, call, tensor, src, sizes, out): ...
+
+    @abstractmethod
+    def _all_to_all(self, call, tensor, send_sizes, recv_sizes, out): ...
+
+    @abstractmethod
+    def _split(self, call, color, key): ...
+
+    def _call_gather(self, name, tensor, sizes, more, out) -> tuple[list[int], Call]:
+        check_payload(name, tensor)
+        check_rows(name, tensor)
+        if sizes is None:
+            sizes, kind = [tensor.shape[0]] * self.world_size, kind_of(tensor)
+        else:
+            sizes = check_sizes(name, sizes, self.world_size, None)
+            require(
+                sizes[self.rank] == tensor.shape[0],
+                f"{name}: a part of sizes[{self.rank}] = {sizes[self.rank]} rows",
+                f"{tensor.shape[0]} rows on rank {self.rank}",
+                "give every rank the same list, in rank order",
+            )
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            kind = f"{dtype} rows of {tuple(tensor.shape[1:])}, sizes={short_sizes(sizes)}"
+        check_out(name, out, (sum(sizes), *tensor.shape[1:]), tensor)
+        return sizes, Call(name, kind + more)

@@ -9,8 +9,8 @@ import inspect
 import threading
 from collections.abc import Callable
 
-from slimlab.comm.base import PayloadLedger
-from slimlab.comm.threads import run_in_threads
+from slimlab.comm.ledger import PayloadLedger
+from slimlab.comm.thread_ranks import run_in_threads
 from slimlab.config import InputError, check_size, require
 
 MAX_THREAD_RANKS = 256

@@ -7,33 +7,19 @@ and Python's, which start as copies of the caller's.
 Chapter 00 uses these ranks first, chapter 07 explains them. What real ranks do and these do not:
 run at the same time, live in separate memory (here a tensor can reach another rank through a
 Python variable as well as through a message), lose messages, take time on the wire. Sends are
-buffered without limit, where MPI may wait for the receiver. A torch.no_grad() around run_ranks does
+buffered without limit, where MPI waits for the receiver of a large message, unless `eager_bytes`
+gives the limit. A torch.no_grad() around run_ranks does
 not reach into the ranks.
 """
-
-import ctypes
-import threading
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from slimlab.comm.base import Communicator, PayloadLedger, reduce_in_rank_order
-from slimlab.comm.report import (
-    RankError,
-    RanksTimeoutError,
-    UnreceivedError,
-    frames_of_traceback,
-    message_of,
-    user_line,
-)
-from slimlab.comm.world import Call, RandomState, RankStopped, World
-
-# How long run_in_threads waits for a rank that it asked to end, before it says that it goes on.
-GRACE_S = 1.0
-# How long it waits at a time while the ranks run.
-WAIT_S = 0.2
+from slimlab.comm.base import Communicator
+from slimlab.comm.calls import Handle, check_out
+from slimlab.comm.groups import Group, check_exchange, groups_of
+from slimlab.comm.reductions import reduce_in_rank_order
+from slimlab.comm.world import World
 
 
 class ThreadCommunicator(Communicator):
@@ -42,145 +28,129 @@ class ThreadCommunicator(Communicator):
     rank        this rank
     world_size  number of ranks
     world       what the ranks of the run share
+    group       of ranks, if not all
+    parent      the communicator that was split
     """
 
-    def __init__(self, rank: int, world_size: int, world: World):
-        super().__init__(rank, world_size)
+    backend = "threads"
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        world: World,
+        group: Group | None = None,
+        parent: "ThreadCommunicator | None" = None,
+    ):
+        shared = {}
+        if parent is not None:
+            shared = {
+                "ranks": group.ranks,
+                "ledger": parent.ledger,
+                "progress": parent.progress,
+            }
+        super().__init__(rank, world_size, **shared)
         self._world = world
+        self._among = group or Group(0, self.ranks)
+        self._me = self.ranks[rank]
 
-    def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
+    def _send(self, call, tensor, dst, tag):
+        self._isend(call, tensor, dst, tag).wait()
+
+    def _isend(self, call, tensor, dst, tag):
         copy = tensor.clone(memory_format=torch.contiguous_format)
-        self._world.post(self.rank, dst, tag, copy)
+        return Handle(self._world.post(call, self._address(self.rank, dst, tag), copy))
 
-    def _recv(self, src: int, tag: int) -> Tensor:
-        return self._world.fetch(src, self.rank, tag)
+    def _recv(self, call, src, tag, out):
+        tensor = self._world.fetch(call, self._address(src, self.rank, tag))
+        if out is None:
+            return tensor
+        check_out(call.name, out, tensor.shape, tensor)
+        return out.copy_(tensor)
 
-    def _all_reduce(self, tensor: Tensor, op: str) -> Tensor:
+    def _irecv(self, call, src, tag, out):
+        return Handle(lambda: self._recv(call, src, tag, out))
+
+    def _barrier(self, call):
+        self._meet(call, None, lambda nothing: nothing)
+
+    def _broadcast(self, call, tensor, src, out):
+        return _into(out, self._meet(call, tensor, lambda all_: _copies(all_[src], len(all_))))
+
+    def _reduce(self, call, tensor, dst, op, out):
         def combine(tensors):
             total = reduce_in_rank_order(tensors, op)
-            return [total.clone() for _ in tensors]
+            return [total if rank == dst else None for rank in range(len(tensors))]
 
-        kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-        if tensor.device.type != "cpu":
-            kind += f" on {tensor.device.type}"
-        return self._world.meet(self.rank, Call("all_reduce", f"{kind}, op={op}"), tensor, combine)
+        total = self._meet(call, tensor, combine)
+        return None if total is None else _into(out, total)
 
-    def _barrier(self) -> None:
-        self._world.meet(self.rank, Call("barrier"), None, lambda nothing: nothing)
+    def _all_reduce(self, call, tensor, op, out):
+        return self._all_reduce_async(call, tensor, op, out).wait()
 
+    def _all_reduce_async(self, call, tensor, op, out):
+        def combine(tensors):
+            return _copies(reduce_in_rank_order(tensors, op), len(tensors))
 
-def run_in_threads(
-    program: Callable, world_size: int, timeout_s: float, args: tuple
-) -> tuple[list, list[PayloadLedger]]:
-    """Run program(comm, *args) in one thread per rank; arguments are taken as checked.
+        meeting = self._world.come(self._me, self._among, call, tensor, combine)
+        return Handle(lambda: _into(out, self._world.attend(self._me, call, meeting)))
 
-    program, world_size, timeout_s, args  as in slimlab.comm.launch.run_ranks
-    returns  the results and the ledgers, in rank order
+    def _reduce_scatter(self, call, tensor, op, sizes, out):
+        def combine(tensors):
+            return [one.clone() for one in reduce_in_rank_order(tensors, op).split(sizes)]
 
-    Raises as run_ranks does.
-    """
-    world = World(world_size)
-    comms = [ThreadCommunicator(rank, world_size, world) for rank in range(world_size)]
-    results = [None] * world_size
-    before = RandomState()
-    for rank, state in enumerate(world.ranks):
-        state.thread = threading.Thread(
-            target=_run_rank,
-            args=(world, comms[rank], program, args, results),
-            name=f"rank {rank}",
-            daemon=True,
+        return _into(out, self._meet(call, tensor, combine))
+
+    def _all_gather(self, call, tensor, sizes, out):
+        return _into(out, self._meet(call, tensor, self._joined))
+
+    def _gather(self, call, tensor, dst, sizes, out):
+        def combine(tensors):
+            whole = torch.cat(tensors)
+            return [whole if rank == dst else None for rank in range(len(tensors))]
+
+        whole = self._meet(call, tensor, combine)
+        return None if whole is None else _into(out, whole)
+
+    def _scatter(self, call, tensor, src, sizes, out):
+        def combine(brought):
+            whole, its_sizes = brought[src]
+            return [part.clone() for part in whole.split(its_sizes)]
+
+        part = self._meet(call, (tensor, sizes), combine)
+        check_out(call.name, out, part.shape, part)
+        return _into(out, part)
+
+    def _all_to_all(self, call, tensor, send_sizes, recv_sizes, out):
+        def combine(brought):
+            check_exchange([one[1:] for one in brought])
+            parts = [whole.split(sizes) for whole, sizes, _ in brought]
+            return [torch.cat([row[rank] for row in parts]) for rank in range(len(brought))]
+
+        return _into(out, self._meet(call, (tensor, send_sizes, recv_sizes), combine))
+
+    def _split(self, call, color, key):
+        def combine(wishes):
+            return groups_of(wishes, self._among.ranks, self._world.new_context)
+
+        group = self._meet(call, (color, key), combine)
+        if group is None:
+            return None
+        return ThreadCommunicator(
+            group.ranks.index(self._me), len(group.ranks), self._world, group, parent=self
         )
-    unfinished = None
-    try:
-        for state in world.ranks:
-            state.thread.start()
-        if not _wait_for(world.over, timeout_s):
-            unfinished = world.table(running=world.turn)
-    finally:
-        # Also on the way out of an interrupt from the keyboard, which only this thread gets.
-        world.stop(RankStopped())
-        still_alive = _end_threads(world)
-        before.restore()
-    if unfinished is not None:
-        raise _timeout_error(world.turn, timeout_s, unfinished, still_alive)
-    _raise_what_went_wrong(world)
-    return results, [comm.ledger for comm in comms]
+
+    def _meet(self, call, payload, combine):
+        meeting = self._world.come(self._me, self._among, call, payload, combine)
+        return self._world.attend(self._me, call, meeting)
+
+    def _address(self, src, dst, tag):
+        return self._among.context, self.ranks[src], self.ranks[dst], tag
 
 
-def _run_rank(
-    world: World, comm: ThreadCommunicator, program: Callable, args: tuple, results: list
-) -> None:
-    try:
-        try:
-            world.start(comm.rank)
-            results[comm.rank] = program(comm, *args)
-        except Exception as error:
-            world.stop(_rank_error(comm.rank, error))
-        world.finish(comm.rank)
-    except RankStopped:
-        pass
-    except BaseException as error:  # sys.exit() ends a thread without a word
-        world.stop(_rank_error(comm.rank, error))
+def _copies(tensor: Tensor, number: int) -> list[Tensor]:
+    return [tensor.clone(memory_format=torch.contiguous_format) for _ in range(number)]
 
 
-def _rank_error(rank: int, error: BaseException) -> RankError:
-    line = user_line(frames_of_traceback(error.__traceback__))
-    wrapped = RankError(rank, f"rank {rank} raised {message_of(error)}\nat {line}")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _wait_for(over: threading.Event, timeout_s: float) -> bool:
-    # An interrupt that reaches the process in another thread is only seen between two waits.
-    deadline_s = time.monotonic() + timeout_s
-    while not over.wait(min(WAIT_S, max(0.0, deadline_s - time.monotonic()))):
-        if time.monotonic() >= deadline_s:
-            return False
-    return True
-
-
-def _end_threads(world: World) -> list[int]:
-    """Wait until the ranks end, interrupt one that computes on, and list those that do not end."""
-    deadline_s = time.monotonic() + GRACE_S
-    for state in world.ranks:
-        if state.thread.ident is None:  # never started
-            continue
-        state.thread.join(0.05)
-        with world.lock:
-            if state.thread.is_alive() and not state.finished:
-                # Raises in that thread before its next Python instruction: enough for an endless
-                # loop, not for one that sleeps or waits in C.
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(state.thread.ident), ctypes.py_object(RankStopped)
-                )
-        state.thread.join(max(0.0, deadline_s - time.monotonic()))
-    return [rank for rank, state in enumerate(world.ranks) if state.thread.is_alive()]
-
-
-def _timeout_error(
-    running: int, timeout_s: float, table: str, still_alive: list[int]
-) -> RanksTimeoutError:
-    fate = f"Rank {running} was ended."
-    if still_alive:
-        fate = (
-            f"Rank {', '.join(map(str, still_alive))} goes on in the background, since a thread "
-            "cannot be killed: restart the kernel if it does not end by itself."
-        )
-    return RanksTimeoutError(
-        f"the ranks had not finished after {timeout_s:g} s\n{table}\n"
-        f"change: look for a loop without an end at the line of rank {running}, or give a larger "
-        f"timeout_s. {fate}"
-    )
-
-
-def _raise_what_went_wrong(world: World) -> None:
-    if world.error is not None:
-        raise world.error
-    left = world.unreceived()
-    if left:
-        lines = [f"rank {src} to rank {dst}: {what} with tag {tag}" for src, dst, tag, what in left]
-        raise UnreceivedError(
-            "all ranks have finished, and messages were never received:\n"
-            + "\n".join(lines)
-            + "\nchange: add the missing recv, or drop the send; other runtimes may wait for ever"
-        )
+def _into(out: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor if out is None else out.copy_(tensor)

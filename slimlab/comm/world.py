@@ -8,16 +8,16 @@ Chapter 07 explains how a deadlock is found; slimlab.comm.threads says what real
 do not.
 """
 
-import random
 import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from slimlab.comm.calls import Call
+from slimlab.comm.groups import Group
+from slimlab.comm.rank_state import Meeting, RandomState, RankState, RankStopped
 from slimlab.comm.report import (
     CommunicationError,
     DeadlockError,
@@ -31,94 +31,25 @@ from slimlab.comm.report import (
 MAX_STOPS = 100
 
 
-class RankStopped(BaseException):
-    """End a rank because the run is over; not an Exception, so that no program catches it."""
-
-
-class RandomState:
-    """The states of torch's and Python's own random generators, for one rank to keep.
-
-    numpy's are left out: saving them costs more than all the rest of a turn.
-    """
-
-    def __init__(self):
-        self.torch_state, self.python_state = torch.get_rng_state(), random.getstate()
-
-    def restore(self) -> None:
-        """Put the states back as they were."""
-        torch.set_rng_state(self.torch_state)
-        random.setstate(self.python_state)
-
-
-@dataclass
-class Call:
-    """What a rank asks for; two ranks fit together in a collective if theirs are equal.
-
-    name       of the method
-    arguments  as they stand in tables
-    source     (src, tag) of a recv
-    """
-
-    name: str
-    arguments: str = ""
-    source: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}({self.arguments})"
-
-
-@dataclass
-class RankState:
-    """Where one rank stands.
-
-    turn_came  wakes the rank's thread
-    random     its random states while another rank runs
-    call       what it waits in, if it waits
-    ready      whether it could go on
-    finished   its program has returned
-    thread     the thread that runs it
-    num_stops  how often it was told that the run is over
-    """
-
-    turn_came: threading.Condition
-    random: RandomState
-    call: Call | None = None
-    ready: Callable[[], bool] = lambda: True
-    finished: bool = False
-    thread: threading.Thread | None = None
-    num_stops: int = 0
-
-
-@dataclass
-class Meeting:
-    """One collective call: who has come, with what, and what each gets once all are there.
-
-    calls     by rank
-    payloads  by rank
-    results   by rank, None until all have come
-    """
-
-    calls: dict[int, Call] = field(default_factory=dict)
-    payloads: dict[int, Tensor | None] = field(default_factory=dict)
-    results: list | None = None
-
-
 class World:
-    """What the ranks of one run share: whose turn it is, messages under way, the open collective.
+    """What the ranks of one run share: whose turn it is, messages under way, the open collectives.
 
-    world_size  number of ranks
+    world_size   number of ranks
+    eager_bytes  a send of more than this waits until it is received; None: none waits
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, eager_bytes: int | None = None):
         self.lock = threading.Lock()
         self.ranks = [
             RankState(threading.Condition(self.lock), RandomState()) for _ in range(world_size)
         ]
+        self.eager_bytes = eager_bytes
         self.turn = 0
         self.over = threading.Event()
         self.error: BaseException | None = None
-        self.mail: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
-        self.meeting = Meeting()
+        self.mail: dict[tuple[int, int, int, int], deque[Tensor]] = defaultdict(deque)
+        self.meetings: dict[tuple[int, int], Meeting] = {}
+        self.num_contexts = 1
 
     def start(self, rank: int) -> None:
         """Wait for the first turn of `rank`, in its own thread."""
@@ -140,37 +71,79 @@ class World:
         with self.lock:
             self._stop(error)
 
-    def post(self, src: int, dst: int, tag: int, tensor: Tensor) -> None:
-        """Put a message of `src` into the mail for `dst`, under `tag`: the `tensor` itself."""
-        with self.lock:
-            self._check_not_over(src)
-            self.mail[src, dst, tag].append(tensor)
+    def new_context(self) -> int:
+        """Return a number for a group that no other group has."""
+        self.num_contexts += 1
+        return self.num_contexts - 1
 
-    def fetch(self, src: int, dst: int, tag: int) -> Tensor:
-        """Wait until a message of `src` for `dst` with this `tag` is there, and take it out."""
+    def post(self, call: Call, address: tuple[int, int, int, int], tensor: Tensor) -> Callable:
+        """Put a message into the mail.
+
+        call     what the sender asks for
+        address  context, and ranks of the world: src, dst, then the tag
+        tensor   itself, not a copy
+        returns  what waits until the sender may go on: at once, or when it was received
+        """
         with self.lock:
-            letters = self.mail[src, dst, tag]
-            call = Call("recv", f"src={src}, tag={tag}", (src, tag))
-            self._wait_until(dst, call, lambda: bool(letters))
+            src = address[1]
+            self._check_not_over(src)
+            letters = self.mail[address]
+            letters.append(tensor)
+        n_bytes = tensor.numel() * tensor.element_size()
+        if self.eager_bytes is None or n_bytes <= self.eager_bytes:
+            return lambda: None
+
+        def wait() -> None:
+            with self.lock:
+                self._wait_until(src, call, lambda: all(one is not tensor for one in letters))
+
+        return wait
+
+    def fetch(self, call: Call, address: tuple[int, int, int, int]) -> Tensor:
+        """Wait until a message with this address is there, and take it out.
+
+        call     what the receiver asks for
+        address  context, and ranks of the world: src, dst, then the tag
+        """
+        with self.lock:
+            letters = self.mail[address]
+            self._wait_until(address[2], call, lambda: bool(letters))
             return letters.popleft()
 
-    def meet(self, rank: int, call: Call, payload: Tensor | None, combine: Callable) -> object:
-        """Wait until all ranks have come to the same collective; the last one does the work.
+    def come(
+        self, rank: int, group: Group, call: Call, payload: object, combine: Callable
+    ) -> Meeting:
+        """Come to a collective without waiting for the others; the last to come does the work.
 
-        rank     who comes
+        rank     who comes, in the world
+        group    among whom
         call     the collective; must be equal on all ranks
         payload  what the rank brings
-        combine  from the list of payloads to the list of results, both in rank order
-        returns  this rank's result
+        combine  from the list of payloads to the list of results, both in the group's order
         """
         with self.lock:
             self._check_not_over(rank)
-            meeting = self.meeting
+            number = self.ranks[rank].num_met[group.context]
+            self.ranks[rank].num_met[group.context] += 1
+            meeting = self.meetings.setdefault((group.context, number), Meeting(group))
             meeting.calls[rank], meeting.payloads[rank] = call, payload
-            if len(meeting.calls) == len(self.ranks):
+            if len(meeting.calls) == len(group.ranks):
                 self._check_calls_agree(meeting, rank)
-                self.meeting = Meeting()
-                meeting.results = combine([meeting.payloads[r] for r in range(len(self.ranks))])
+                del self.meetings[group.context, number]
+                results = combine([meeting.payloads[one] for one in group.ranks])
+                meeting.results = dict(zip(group.ranks, results))
+            return meeting
+
+    def attend(self, rank: int, call: Call, meeting: Meeting) -> object:
+        """Wait until all ranks have come to a collective.
+
+        rank     who waits, in the world
+        call     the collective, as tables show it
+        meeting  what come returned
+        returns  this rank's result
+        """
+        with self.lock:
+            self.ranks[rank].meeting = meeting
             # The last to come would go on first; giving way keeps the ranks, and so what they
             # print, in the order in which they came.
             self._wait_until(rank, call, lambda: meeting.results is not None, give_way=True)
@@ -179,7 +152,7 @@ class World:
     def unreceived(self) -> list[tuple[int, int, int, str]]:
         """List what lies in the mail: src, dst, tag, and the number and shape of the messages."""
         return [
-            (*address, described([tuple(letter.shape) for letter in self.mail[address]]))
+            (*address[1:], described([tuple(letter.shape) for letter in self.mail[address]]))
             for address in sorted(self.mail)
             if self.mail[address]
         ]
@@ -246,7 +219,7 @@ class World:
         raise RankStopped
 
     def _check_calls_agree(self, meeting: Meeting, rank: int) -> None:
-        if all(call == meeting.calls[0] for call in meeting.calls.values()):
+        if len(set(meeting.calls.values())) == 1:
             return
         self.ranks[rank].call = meeting.calls[rank]
         different = len({call.name for call in meeting.calls.values()}) > 1
@@ -270,11 +243,13 @@ class World:
     def _hints(self, rank: int, state: RankState) -> list[str]:
         if state.finished:
             return []
+        if state.call.source is None and state.call.target is None:
+            come, expected = state.meeting.calls, state.meeting.group.ranks
+            missing = ", ".join(str(one) for one in expected if one not in come)
+            return [f"{state.call.name}: every rank must call it; missing: rank {missing}"]
         if state.call.source is None:
-            missing = [str(r) for r in range(len(self.ranks)) if r not in self.meeting.calls]
-            return [
-                f"{state.call.name}: every rank must call it; missing: rank {', '.join(missing)}"
-            ]
+            dst, tag = state.call.target
+            return [f"rank {rank}: rank {dst} does not receive with tag {tag}"]
         src, tag = state.call.source
         hints = [f"rank {rank}: no message with tag {tag} from rank {src} is under way"]
         for other_src, dst, other_tag, what in self.unreceived():
