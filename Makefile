@@ -33,7 +33,7 @@ book: $(READY)
 	@$(BIN)/python tools/build_book.py --solutions $(SOLUTIONS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=300 chapters solutions
 
 lab: $(READY)
