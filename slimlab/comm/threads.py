@@ -102,7 +102,10 @@ class ThreadCommunicator(Communicator):
         return _into(out, self._meet(call, tensor, combine))
 
     def _all_gather(self, call, tensor, sizes, out):
-        return _into(out, self._meet(call, tensor, self._joined))
+        def combine(tensors):
+            return _copies(torch.cat(tensors), len(tensors))
+
+        return _into(out, self._meet(call, tensor, combine))
 
     def _gather(self, call, tensor, dst, sizes, out):
         def combine(tensors):
