@@ -21,13 +21,12 @@ from torch import Tensor
 
 from slimlab.comm.calls import (
     Call,
+    check_apart,
     check_out,
     check_payload,
-    check_rows,
-    check_sizes,
     kind_of,
-    short_sizes,
 )
+from slimlab.comm.parts import check_rows, check_sizes, short_sizes
 from slimlab.comm.reductions import Reductions
 from slimlab.config import require
 
@@ -109,12 +108,13 @@ class Communicator(Reductions):
             check_rows("scatter", tensor)
             sizes = self._sizes("scatter", sizes, tensor.shape[0])
             check_out("scatter", out, (sizes[self.rank], *tensor.shape[1:]), tensor)
+            check_apart("scatter", tensor, out, may_be_same=False)
             tensor = tensor.detach()
         else:
             tensor = sizes = None
             if out is not None:
                 check_out("scatter", out, out.shape, out)
-        call = Call("scatter", f"src={src}")
+        call = self._call("scatter", f"src={src}")
         with self.progress.inside(call):
             result = self._scatter(call, tensor, src, sizes, out)
         self._note("scatter", tensor if self.rank == src else result)
@@ -151,9 +151,10 @@ class Communicator(Reductions):
         send_sizes = self._sizes("all_to_all", send_sizes, tensor.shape[0])
         recv_sizes = self._sizes("all_to_all", recv_sizes, None if uneven else tensor.shape[0])
         check_out("all_to_all", out, (sum(recv_sizes), *tensor.shape[1:]), tensor)
+        check_apart("all_to_all", tensor, out, may_be_same=False)
         rows = f"rows of {tuple(tensor.shape[1:])}, uneven" if uneven else ""
         kind = f"{str(tensor.dtype).removeprefix('torch.')} {rows}" if uneven else kind_of(tensor)
-        call = Call("all_to_all", kind)
+        call = self._call("all_to_all", kind)
         with self.progress.inside(call):
             result = self._all_to_all(call, tensor.detach(), send_sizes, recv_sizes, out)
         self._note("all_to_all", tensor)
@@ -177,7 +178,7 @@ class Communicator(Reductions):
                 f"{name} = {value!r}",
                 "comm.split(comm.rank // 2) makes pairs, comm.split(comm.rank % 2) evens and odds",
             )
-        call = Call("split")
+        call = self._call("split")
         with self.progress.inside(call):
             return self._split(call, color, key)
 
@@ -212,4 +213,5 @@ class Communicator(Reductions):
             dtype = str(tensor.dtype).removeprefix("torch.")
             kind = f"{dtype} rows of {tuple(tensor.shape[1:])}, sizes={short_sizes(sizes)}"
         check_out(name, out, (sum(sizes), *tensor.shape[1:]), tensor)
-        return sizes, Call(name, kind + more)
+        check_apart(name, tensor, out, may_be_same=False)
+        return sizes, self._call(name, kind + more)

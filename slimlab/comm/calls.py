@@ -6,14 +6,16 @@ that say who waits in what, so that a reader sees what the runtime compared.
 Production libraries compare calls only on request (TORCH_DISTRIBUTED_DEBUG=DETAIL), MPI never.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from slimlab.comm.report import Position, frames_of, line_at, position_of
 from slimlab.config import require
 
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -25,17 +27,20 @@ class Call:
 
     name       of the method
     arguments  as they stand in tables; equal on all ranks of a collective
-    source     (src, tag) of a recv
-    target     (dst, tag) of a send that may have to wait
+    source     (src, tag) of a recv, src a rank of the world
+    target     (dst, tag) of a send that may have to wait, dst a rank of the world
+    group      the ranks of the world that the call is among; None: all
     """
 
     name: str
     arguments: str = ""
     source: tuple[int, int] | None = None
     target: tuple[int, int] | None = None
+    group: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}({self.arguments})"
+        text = f"{self.name}({self.arguments})"
+        return text if self.group is None else f"{text} in group {short_group(self.group)}"
 
 
 class Handle:
@@ -127,68 +132,6 @@ def check_reduction(op: object, dtype: torch.dtype) -> None:
     )
 
 
-def check_rows(call: str, tensor: Tensor) -> None:
-    """Refuse a tensor without a first dim to cut or to join along.
-
-    call    name of the method
-    tensor  its payload
-
-    Raises InputError.
-    """
-    require(
-        tensor.dim() > 0,
-        f"{call}: a tensor with at least one dim, along which parts are joined",
-        "a tensor of shape ()",
-        "write tensor.reshape(1)",
-    )
-
-
-def check_sizes(call: str, sizes: Sequence[int], world_size: int, total: int | None) -> list[int]:
-    """Check the sizes of the ranks' parts along dim 0.
-
-    call        name of the method
-    sizes       one whole number of at least 0 per rank
-    world_size  number of ranks
-    total       what they must add up to; None: anything
-    returns     the sizes as a list
-
-    Raises InputError.
-    """
-    sizes = list(sizes)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes)
-    require(
-        len(sizes) == world_size and whole,
-        f"{call}: sizes of {world_size} parts, one per rank, whole numbers of at least 0",
-        f"{sizes}",
-        "give every rank the same list, in rank order",
-    )
-    require(
-        total is None or sum(sizes) == total,
-        f"{call}: sizes that add up to the {total} rows of the tensor",
-        f"{sizes}, together {sum(sizes)}",
-        "let the sizes add up to tensor.shape[0]",
-    )
-    return sizes
-
-
-def equal_sizes(call: str, num_rows: int, world_size: int) -> list[int]:
-    """Return the sizes of equal parts along dim 0.
-
-    call        name of the method
-    num_rows    rows to divide
-    world_size  number of ranks
-
-    Raises InputError if the rows do not divide.
-    """
-    require(
-        num_rows % world_size == 0,
-        f"{call}: a number of rows (dim 0) that {world_size} ranks divide",
-        f"{num_rows} rows",
-        "pad the tensor, or give sizes=[...] with one number of rows per rank",
-    )
-    return [num_rows // world_size] * world_size
-
-
 def check_out(call: str, out: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
     """Refuse an out that the result does not fit into exactly.
 
@@ -211,15 +154,43 @@ def check_out(call: str, out: Tensor | None, shape: Sequence[int], like: Tensor)
     )
 
 
-def short_sizes(sizes: Sequence[int]) -> str:
-    """Write sizes as tables show them.
+def check_apart(call: str, tensor: Tensor, out: Tensor | None, *, may_be_same: bool) -> None:
+    """Refuse an out that shares memory with the argument.
 
-    sizes  rows per rank
+    call         name of the method
+    tensor       what it is to read
+    out          what it is to write; None: a new tensor
+    may_be_same  out may be tensor itself, but no other view of its memory
+
+    Raises InputError.
     """
-    sizes = list(sizes)
-    if len(set(sizes)) <= 1:
-        return f"{sizes[0]} each"
-    return str(sizes)
+    if out is None or out.device.type == "meta" or not (tensor.numel() and out.numel()):
+        return
+    start, end = _memory(tensor)
+    its_start, its_end = _memory(out)
+    same = may_be_same and start == its_start and tensor.stride() == out.stride()
+    require(
+        same or end <= its_start or its_end <= start,
+        f"{call}: an out " + "that is the tensor itself, or one " * may_be_same + "apart from it",
+        "an out that overlaps the tensor",
+        "leave out away for a new tensor",
+    )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the one behind its last."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (span + 1) * tensor.element_size()
+
+
+def short_group(ranks: Sequence[int]) -> str:
+    """Write the ranks of a group as tables show them.
+
+    ranks  of the world
+    """
+    if len(ranks) <= 8:
+        return f"({', '.join(map(str, ranks))})"
+    return f"({', '.join(map(str, ranks[:4]))}, ..., {ranks[-1]})"
 
 
 class Progress:
@@ -228,11 +199,13 @@ class Progress:
     call       the call that it is in, or None while it computes
     since_s    time.monotonic() when it went in or came out
     num_calls  how many it has begun
+    started    the handles that were not waited for, with what was started and the line that did
     """
 
     def __init__(self):
         self.call: Call | None = None
         self.since_s, self.num_calls = time.monotonic(), 0
+        self.started: dict[Handle, tuple[Call, Position | None]] = {}
 
     @contextmanager
     def inside(self, call: Call) -> Iterator[None]:
@@ -247,3 +220,26 @@ class Progress:
             yield
         finally:
             self.call, self.since_s = outer, time.monotonic()
+
+    def start(self, call: Call, finish: Callable[[], Tensor | None]) -> Handle:
+        """Make the handle of a call that has been started, and keep it until it was waited for.
+
+        call     what was started
+        finish   what waits for it
+        returns  a handle that waits inside of Call("wait"), for tables to show
+        """
+        arguments = replace(call, group=None)
+        waits_in = replace(call, name="wait", arguments=str(arguments))
+
+        def wait() -> Tensor | None:
+            del self.started[handle]
+            with self.inside(waits_in):
+                return finish()
+
+        handle = Handle(wait)
+        self.started[handle] = call, position_of(frames_of(sys._getframe()))
+        return handle
+
+    def unwaited(self) -> list[str]:
+        """List the calls that were started and never waited for, with their lines."""
+        return [f"{call}, started at {line_at(where)}" for call, where in self.started.values()]

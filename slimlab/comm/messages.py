@@ -11,7 +11,15 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from slimlab.comm.calls import Call, Handle, Progress, check_payload, check_tag, kind_of
+from slimlab.comm.calls import (
+    Call,
+    Handle,
+    Progress,
+    check_apart,
+    check_payload,
+    check_tag,
+    kind_of,
+)
 from slimlab.comm.ledger import PayloadLedger
 from slimlab.config import require
 
@@ -98,7 +106,7 @@ class Messages(ABC):
         with self.progress.inside(call):
             handle = self._isend(call, tensor.detach(), dst, tag)
         self._note("send", tensor, dst)
-        return self._waiting(Call("wait", f"isend({call.arguments})", target=(dst, tag)), handle)
+        return self.progress.start(call, handle.wait)
 
     def irecv(self, src: int, tag: int = 0, *, out: Tensor | None = None) -> Handle:
         """Start to receive; as recv, but return at once.
@@ -114,15 +122,13 @@ class Messages(ABC):
         call = self._call_recv("irecv", src, tag, out)
         with self.progress.inside(call):
             handle = self._irecv(call, src, tag, out)
-        waits_in = Call("wait", f"irecv({call.arguments})", source=(src, tag))
 
         def finish() -> Tensor:
-            with self.progress.inside(waits_in):
-                tensor = handle.wait()
+            tensor = handle.wait()
             self._note("recv", tensor, src)
             return tensor
 
-        return Handle(finish)
+        return self.progress.start(call, finish)
 
     def sendrecv(
         self, tensor: Tensor, dst: int, src: int, tag: int = 0, *, out: Tensor | None = None
@@ -140,9 +146,10 @@ class Messages(ABC):
         Raises InputError as send and recv do.
         """
         call = self._call_send("sendrecv", tensor, dst, tag)
-        self._call_recv("sendrecv", src, tag, out)
+        source = self._call_recv("sendrecv", src, tag, out).source
+        check_apart("sendrecv", tensor, out, may_be_same=False)
         arguments = f"dst={dst}, src={src}, tag={tag}, {kind_of(tensor)}"
-        call = Call("sendrecv", arguments, source=(src, tag), target=(dst, tag))
+        call = self._call("sendrecv", arguments, source=source, target=call.target)
         with self.progress.inside(call):
             received = self._sendrecv(call, tensor.detach(), dst, src, tag, out)
         self._note("send", tensor, dst)
@@ -169,12 +176,8 @@ class Messages(ABC):
         sent.wait()
         return received
 
-    def _waiting(self, call: Call, handle: Handle) -> Handle:
-        def finish() -> Tensor | None:
-            with self.progress.inside(call):
-                return handle.wait()
-
-        return Handle(finish)
+    def _call(self, name: str, arguments: str = "", **ends: tuple[int, int]) -> Call:
+        return Call(name, arguments, group=self._group, **ends)
 
     def _note(self, name: str, tensor: Tensor | None = None, peer: int | None = None) -> None:
         self.ledger.add(name, tensor, peer, self._group)
@@ -183,7 +186,8 @@ class Messages(ABC):
         check_payload(name, tensor)
         self._check_peer("dst", dst)
         check_tag(tag)
-        return Call(name, f"dst={dst}, tag={tag}, {kind_of(tensor)}", target=(dst, tag))
+        target = self.ranks[dst], tag
+        return self._call(name, f"dst={dst}, tag={tag}, {kind_of(tensor)}", target=target)
 
     def _call_recv(self, name: str, src: int, tag: int, out: Tensor | None) -> Call:
         self._check_peer("src", src)
@@ -196,7 +200,7 @@ class Messages(ABC):
                 f"a tensor of shape {tuple(out.shape)} and strides {out.stride()}",
                 "make it with torch.empty(shape, dtype=...), or leave out away",
             )
-        return Call(name, f"src={src}, tag={tag}", source=(src, tag))
+        return self._call(name, f"src={src}, tag={tag}", source=(self.ranks[src], tag))
 
     def _check_peer(self, name: str, peer: int) -> None:
         whole = isinstance(peer, int) and not isinstance(peer, bool)

@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 
 from slimlab.comm.calls import (
-    Call,
     Handle,
+    check_apart,
     check_out,
     check_payload,
     check_reduction,
-    check_rows,
-    check_sizes,
-    equal_sizes,
     kind_of,
-    short_sizes,
 )
 from slimlab.comm.messages import Messages
+from slimlab.comm.parts import check_rows, check_sizes, equal_sizes, short_sizes
 from slimlab.config import require
 
 
@@ -34,7 +31,7 @@ class Reductions(Messages):
 
         Communicates: no payload.
         """
-        call = Call("barrier")
+        call = self._call("barrier")
         with self.progress.inside(call):
             self._barrier(call)
         self._note("barrier")
@@ -52,7 +49,8 @@ class Reductions(Messages):
         check_payload("broadcast", tensor)
         self._check_root("src", src)
         check_out("broadcast", out, tensor.shape, tensor)
-        call = Call("broadcast", f"{kind_of(tensor)}, src={src}")
+        check_apart("broadcast", tensor, out, may_be_same=True)
+        call = self._call("broadcast", f"{kind_of(tensor)}, src={src}")
         with self.progress.inside(call):
             result = self._broadcast(call, tensor.detach(), src, out)
         self._note("broadcast", tensor)
@@ -75,7 +73,8 @@ class Reductions(Messages):
         self._check_root("dst", dst)
         check_reduction(op, tensor.dtype)
         check_out("reduce", out, tensor.shape, tensor)
-        call = Call("reduce", f"{kind_of(tensor)}, dst={dst}, op={op}")
+        check_apart("reduce", tensor, out, may_be_same=True)
+        call = self._call("reduce", f"{kind_of(tensor)}, dst={dst}, op={op}")
         with self.progress.inside(call):
             result = self._reduce(call, tensor.detach(), dst, op, out)
         self._note("reduce", tensor)
@@ -103,10 +102,14 @@ class Reductions(Messages):
         check_payload("all_reduce", tensor)
         check_reduction(op, tensor.dtype)
         check_out("all_reduce", out, tensor.shape, tensor)
-        call = Call("all_reduce", f"{kind_of(tensor)}, op={op}" + (", async" if async_op else ""))
+        check_apart("all_reduce", tensor, out, may_be_same=True)
+        call = self._call(
+            "all_reduce", f"{kind_of(tensor)}, op={op}" + (", async" if async_op else "")
+        )
         with self.progress.inside(call):
             if async_op:
-                result = self._waiting(call, self._all_reduce_async(call, tensor.detach(), op, out))
+                handle = self._all_reduce_async(call, tensor.detach(), op, out)
+                result = self.progress.start(call, handle.wait)
             else:
                 result = self._all_reduce(call, tensor.detach(), op, out)
         self._note("all_reduce", tensor)
@@ -135,7 +138,10 @@ class Reductions(Messages):
         check_reduction(op, tensor.dtype)
         sizes = self._sizes("reduce_scatter", sizes, tensor.shape[0])
         check_out("reduce_scatter", out, (sizes[self.rank], *tensor.shape[1:]), tensor)
-        call = Call("reduce_scatter", f"{kind_of(tensor)}, op={op}, sizes={short_sizes(sizes)}")
+        check_apart("reduce_scatter", tensor, out, may_be_same=False)
+        call = self._call(
+            "reduce_scatter", f"{kind_of(tensor)}, op={op}, sizes={short_sizes(sizes)}"
+        )
         with self.progress.inside(call):
             result = self._reduce_scatter(call, tensor.detach(), op, sizes, out)
         self._note("reduce_scatter", tensor)

@@ -9,7 +9,7 @@ after a time limit, with its debug level set to DETAIL.
 
 import linecache
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 
 LIBRARIES = ("slimlab", "torch", "numpy", "threading", "contextlib")
 
@@ -28,6 +28,10 @@ class MismatchError(CommunicationError):
 
 class UnreceivedError(CommunicationError):
     """All ranks finished, and a message is left that nobody received."""
+
+
+class UnwaitedError(CommunicationError):
+    """All ranks finished, and a call that was started was never waited for."""
 
 
 class RanksTimeoutError(CommunicationError, TimeoutError):
@@ -102,19 +106,36 @@ def user_line(steps: Iterable[tuple[FrameType, int]]) -> str:
     returns  "line 3 of ring: value = comm.recv(1)": the innermost line outside of the libraries;
              of slimlab outside of slimlab.comm where the program itself is slimlab's
     """
-    steps = list(steps)
-    outside = [step for step in steps if _package(step[0]) not in LIBRARIES]
-    demos = [step for step in steps if _module(step[0]).startswith("slimlab.")]
-    demos = [step for step in demos if not _module(step[0]).startswith("slimlab.comm.")]
-    for frame, line in [*outside, *demos]:
-        text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-        return f"line {line} of {frame.f_code.co_name}" + (f": {text}" if text else "")
-    return "before its first line"
+    return line_at(position_of(steps))
 
 
-def _module(frame: FrameType) -> str:
-    return frame.f_globals.get("__name__", "")
+# A code object, a line number and the module's globals: unlike a frame, it keeps no local variable.
+Position = tuple[CodeType, int, dict]
 
 
-def _package(frame: FrameType) -> str:
-    return _module(frame).partition(".")[0]
+def position_of(steps: Iterable[tuple[FrameType, int]]) -> Position | None:
+    """Find the line that user_line describes; cheap enough for every call.
+
+    steps    frames with line numbers, the innermost first
+    returns  where it is; None: there is none
+    """
+    demo = None
+    for frame, line in steps:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in LIBRARIES:
+            return frame.f_code, line, frame.f_globals
+        if demo is None and module[:8] == "slimlab." and module[:13] != "slimlab.comm.":
+            demo = frame.f_code, line, frame.f_globals
+    return demo
+
+
+def line_at(position: Position | None) -> str:
+    """Describe a line as user_line does.
+
+    position  what position_of returned
+    """
+    if position is None:
+        return "before its first line"
+    code, line, its_globals = position
+    text = linecache.getline(code.co_filename, line, its_globals).strip()
+    return f"line {line} of {code.co_name}" + (f": {text}" if text else "")
