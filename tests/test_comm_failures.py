@@ -36,9 +36,9 @@ def error_of(program, world_size, kind, **options):
 
 
 def rows_of(error):
-    """The table in an error's message: {rank: [state, line]}."""
+    """The table in an error's message: {rank: [state or call, line]}."""
     lines = str(error).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("rank  state"))
+    start = next(i for i, line in enumerate(lines) if line[:11] in ("rank  state", "rank  calle"))
     at = lines[start].index(" at")
     rows = {}
     for line in lines[start + 1 :]:

@@ -12,7 +12,7 @@ PyTorch does this with TORCH_DISTRIBUTED_DEBUG=DETAIL. It costs one small all_re
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Agreement:
         """
         line = user_line(frames_of(sys._getframe()))
         texts = [text.split("\0") for text in self._gather(f"{call.name}\0{call}\0{line}")]
-        raise MismatchError(mismatch_message(texts))
+        raise MismatchError(mismatch_message(texts, call.group))
 
 
 def digest(call: Call) -> int:
@@ -65,14 +65,16 @@ def digest(call: Call) -> int:
     return int.from_bytes(hashlib.blake2b(str(call).encode(), digest_size=8).digest(), "big") >> 2
 
 
-def mismatch_message(texts: list[list[str]]) -> str:
-    """Say which rank called what, the odd ones named first.
+def mismatch_message(texts: list[list[str]], ranks: Sequence[int] | None = None) -> str:
+    """Say which rank called what, and which is the odd one.
 
     texts  of every rank: name of the call, the call as tables show it, the line
+    ranks  their ranks in the world; None: all
     """
+    ranks = range(len(texts)) if ranks is None else ranks
     shown = [text[1] for text in texts]
     common = max(dict.fromkeys(shown), key=shown.count)
-    odd = [str(rank) for rank, text in enumerate(shown) if text != common]
+    odd = [str(rank) for rank, text in zip(ranks, shown) if text != common]
     names = {text[0] for text in texts}
     what = "different collectives" if len(names) > 1 else "a collective with different arguments"
     if "finish" in names:
@@ -81,7 +83,7 @@ def mismatch_message(texts: list[list[str]]) -> str:
         ("rank", "called", "at"),
         [
             (rank, "has finished" if name == "finish" else text, "" if name == "finish" else line)
-            for rank, (name, text, line) in enumerate(texts)
+            for rank, (name, text, line) in zip(ranks, texts)
         ],
     )
     fewer = shown.count(common) * 2 > len(shown)

@@ -7,7 +7,7 @@ process groups by name.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slimlab.config import require
+from slimlab.comm.report import MismatchError
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,22 @@ class Group:
 
 
 def groups_of(
-    wishes: Sequence[tuple[int | None, int]], ranks: Sequence[int], new_context: Callable[[], int]
+    wishes: Sequence[tuple[int | None, int]],
+    ranks: Sequence[int],
+    new_group: Callable[[tuple[int, ...]], Group],
 ) -> list[Group | None]:
     """Divide ranks into groups by color, ordered by key.
 
-    wishes       color and key of every rank
-    ranks        their ranks in the world
-    new_context  gives each group a number of its own
-    returns      the group of every rank, None for those without color
+    wishes     color and key of every rank
+    ranks      their ranks in the world
+    new_group  makes a group of its ranks of the world; called in the order of the colors
+    returns    the group of every rank, None for those without color
     """
     groups = {}
     for color in sorted({color for color, _ in wishes if color is not None}):
         members = [rank for rank, wish in enumerate(wishes) if wish[0] == color]
         members.sort(key=lambda rank: (wishes[rank][1], rank))
-        groups[color] = Group(new_context(), tuple(ranks[rank] for rank in members))
+        groups[color] = new_group(tuple(ranks[rank] for rank in members))
     return [groups.get(color) for color, _ in wishes]
 
 
@@ -45,14 +47,14 @@ def check_exchange(sizes: Sequence[tuple[list[int], list[int]]]) -> None:
 
     sizes  of every rank, rows for each rank and rows from each rank
 
-    Raises InputError for the first pair that does not fit.
+    Raises MismatchError for the first pair that does not fit.
     """
     for src, (send_sizes, _) in enumerate(sizes):
         for dst, (_, recv_sizes) in enumerate(sizes):
-            require(
-                send_sizes[dst] == recv_sizes[src],
-                f"all_to_all: recv_sizes[{src}] = {send_sizes[dst]} on rank {dst}, since rank "
-                f"{src} sends it so many rows",
-                f"recv_sizes[{src}] = {recv_sizes[src]}",
-                "recv_sizes of a rank are what the others have for it in their send_sizes",
-            )
+            if send_sizes[dst] != recv_sizes[src]:
+                raise MismatchError(
+                    f"all_to_all: rank {src} sends {send_sizes[dst]} rows to rank {dst}, which "
+                    f"expects {recv_sizes[src]} (its recv_sizes[{src}])\n"
+                    "change: let recv_sizes of each rank be what the others have for it in their "
+                    "send_sizes"
+                )

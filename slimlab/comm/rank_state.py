@@ -13,6 +13,8 @@ import torch
 
 from slimlab.comm.calls import Call
 from slimlab.comm.groups import Group
+from slimlab.comm.mail import Letter
+from slimlab.comm.report import Position
 
 
 class RankStopped(BaseException):
@@ -41,7 +43,7 @@ class RankState:
     turn_came  wakes the rank's thread
     random     its random states while another rank runs
     call       what it waits in, if it waits
-    meeting    the collective that it waits for, if it is one
+    awaited    what it waits for: that a message is there or was received, or a collective
     ready      whether it could go on
     num_met    how many collectives it has come to, by context
     finished   its program has returned
@@ -52,7 +54,7 @@ class RankState:
     turn_came: threading.Condition
     random: RandomState
     call: Call | None = None
-    meeting: "Meeting | None" = None
+    awaited: "Letter | Meeting | None" = None
     ready: Callable[[], bool] = lambda: True
     finished: bool = False
     num_met: Counter = field(default_factory=Counter)
@@ -64,13 +66,25 @@ class RankState:
 class Meeting:
     """One collective call: who has come, with what, and what each gets once all are there.
 
+    All by rank of the world.
+
     group     among whom
-    calls     by rank of the world
-    payloads  by rank of the world
-    results   by rank of the world, None until all have come
+    calls     what each rank asks for
+    lines     where each rank asked
+    payloads  what each rank brings
+    held      all have come, and there are results or an error
+    results   what each rank gets
+    error     what kept the results from being made
     """
 
     group: Group
     calls: dict[int, Call] = field(default_factory=dict)
+    lines: dict[int, Position | None] = field(default_factory=dict)
     payloads: dict[int, object] = field(default_factory=dict)
-    results: dict[int, object] | None = None
+    held: bool = False
+    results: dict[int, object] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def missing(self) -> list[int]:
+        """List the ranks that have not come."""
+        return [rank for rank in self.group.ranks if rank not in self.calls]

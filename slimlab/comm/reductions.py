@@ -189,10 +189,8 @@ def reduce_in_rank_order(tensors: Sequence[Tensor], op: str) -> Tensor:
     op       "sum", "mean", "max" or "min"
     returns  a new tensor
     """
+    combine = {"max": torch.maximum, "min": torch.minimum}.get(op, torch.add)
     total = tensors[0].clone(memory_format=torch.contiguous_format)
     for tensor in tensors[1:]:
-        if op in ("sum", "mean"):
-            total += tensor
-        else:
-            total = torch.maximum(total, tensor) if op == "max" else torch.minimum(total, tensor)
-    return total / len(tensors) if op == "mean" else total
+        combine(total, tensor, out=total)
+    return total.div_(len(tensors)) if op == "mean" else total

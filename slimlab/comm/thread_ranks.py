@@ -13,13 +13,13 @@ from slimlab.comm.rank_state import RandomState, RankStopped
 from slimlab.comm.report import (
     RankError,
     RanksTimeoutError,
-    UnreceivedError,
     frames_of_traceback,
     message_of,
     user_line,
 )
 from slimlab.comm.threads import ThreadCommunicator
 from slimlab.comm.world import World
+from slimlab.comm.world_report import left_over, mismatch
 
 # How long run_in_threads waits for a rank that it asked to end, before it says that it goes on.
 GRACE_S = 1.0
@@ -65,7 +65,7 @@ def run_in_threads(
         before.restore()
     if unfinished is not None:
         raise _timeout_error(world.turn, timeout_s, unfinished, still_alive)
-    _raise_what_went_wrong(world)
+    _raise_what_went_wrong(world, comms)
     return results, [comm.ledger for comm in comms]
 
 
@@ -135,14 +135,13 @@ def _timeout_error(
     )
 
 
-def _raise_what_went_wrong(world: World) -> None:
+def _raise_what_went_wrong(world: World, comms: list[ThreadCommunicator]) -> None:
     if world.error is not None:
         raise world.error
-    left = world.unreceived()
-    if left:
-        lines = [f"rank {src} to rank {dst}: {what} with tag {tag}" for src, dst, tag, what in left]
-        raise UnreceivedError(
-            "all ranks have finished, and messages were never received:\n"
-            + "\n".join(lines)
-            + "\nchange: add the missing recv, or drop the send; other runtimes may wait for ever"
-        )
+    for meeting in world.meetings.values():
+        # Somebody came without waiting for the others, who never did.
+        raise mismatch(meeting)
+    unwaited = [comm.progress.unwaited() for comm in comms]
+    left = left_over(world.mail, world.groups, unwaited)
+    if left is not None:
+        raise left

@@ -8,8 +8,7 @@ Chapter 00 uses these ranks first, chapter 07 explains them. What real ranks do 
 run at the same time, live in separate memory (here a tensor can reach another rank through a
 Python variable as well as through a message), lose messages, take time on the wire. Sends are
 buffered without limit, where MPI waits for the receiver of a large message, unless `eager_bytes`
-gives the limit. A torch.no_grad() around run_ranks does
-not reach into the ranks.
+gives the limit. A torch.no_grad() around run_ranks does not reach into the ranks.
 """
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from slimlab.comm.base import Communicator
 from slimlab.comm.calls import Handle, check_out
 from slimlab.comm.groups import Group, check_exchange, groups_of
+from slimlab.comm.mail import Address
 from slimlab.comm.reductions import reduce_in_rank_order
 from slimlab.comm.world import World
 
@@ -59,23 +59,32 @@ class ThreadCommunicator(Communicator):
 
     def _isend(self, call, tensor, dst, tag):
         copy = tensor.clone(memory_format=torch.contiguous_format)
-        return Handle(self._world.post(call, self._address(self.rank, dst, tag), copy))
+        letter = self._world.post(self._address(self.rank, dst, tag), copy)
+        n_bytes = copy.numel() * copy.element_size()
+        return Handle(lambda: self._world.deliver(self.progress.call, letter, n_bytes))
 
     def _recv(self, call, src, tag, out):
-        tensor = self._world.fetch(call, self._address(src, self.rank, tag))
-        if out is None:
-            return tensor
-        check_out(call.name, out, tensor.shape, tensor)
-        return out.copy_(tensor)
+        return self._irecv(call, src, tag, out).wait()
 
     def _irecv(self, call, src, tag, out):
-        return Handle(lambda: self._recv(call, src, tag, out))
+        letter = self._world.ask(self._address(src, self.rank, tag))
+
+        def finish():
+            tensor = self._world.fetch(self.progress.call, letter)
+            check_out(call.name, out, tensor.shape, tensor)
+            return _into(out, tensor)
+
+        return Handle(finish)
 
     def _barrier(self, call):
         self._meet(call, None, lambda nothing: nothing)
 
     def _broadcast(self, call, tensor, src, out):
-        return _into(out, self._meet(call, tensor, lambda all_: _copies(all_[src], len(all_))))
+        def combine(tensors):
+            whole = tensors[src].clone(memory_format=torch.contiguous_format)
+            return _copies(whole, len(tensors))
+
+        return _into(out, self._meet(call, tensor, combine))
 
     def _reduce(self, call, tensor, dst, op, out):
         def combine(tensors):
@@ -93,7 +102,7 @@ class ThreadCommunicator(Communicator):
             return _copies(reduce_in_rank_order(tensors, op), len(tensors))
 
         meeting = self._world.come(self._me, self._among, call, tensor, combine)
-        return Handle(lambda: _into(out, self._world.attend(self._me, call, meeting)))
+        return Handle(lambda: _into(out, self._attend(meeting)))
 
     def _reduce_scatter(self, call, tensor, op, sizes, out):
         def combine(tensors):
@@ -134,7 +143,7 @@ class ThreadCommunicator(Communicator):
 
     def _split(self, call, color, key):
         def combine(wishes):
-            return groups_of(wishes, self._among.ranks, self._world.new_context)
+            return groups_of(wishes, self._among.ranks, self._world.new_group)
 
         group = self._meet(call, (color, key), combine)
         if group is None:
@@ -145,15 +154,21 @@ class ThreadCommunicator(Communicator):
 
     def _meet(self, call, payload, combine):
         meeting = self._world.come(self._me, self._among, call, payload, combine)
-        return self._world.attend(self._me, call, meeting)
+        return self._attend(meeting)
+
+    def _attend(self, meeting):
+        return self._world.attend(self._me, self.progress.call, meeting)
 
     def _address(self, src, dst, tag):
-        return self._among.context, self.ranks[src], self.ranks[dst], tag
+        return Address(self._among.context, self.ranks[src], self.ranks[dst], tag)
 
 
 def _copies(tensor: Tensor, number: int) -> list[Tensor]:
-    return [tensor.clone(memory_format=torch.contiguous_format) for _ in range(number)]
+    return [tensor, *(tensor.clone() for _ in range(number - 1))]
 
 
 def _into(out: Tensor | None, tensor: Tensor) -> Tensor:
-    return tensor if out is None else out.copy_(tensor)
+    if out is None:
+        return tensor
+    out.detach().copy_(tensor)  # out may be a parameter
+    return out

@@ -10,23 +10,16 @@ do not.
 
 import sys
 import threading
-from collections import defaultdict, deque
 from collections.abc import Callable
 
 from torch import Tensor
 
+from slimlab.comm import world_report
 from slimlab.comm.calls import Call
 from slimlab.comm.groups import Group
+from slimlab.comm.mail import Address, Letter, Mail
 from slimlab.comm.rank_state import Meeting, RandomState, RankState, RankStopped
-from slimlab.comm.report import (
-    CommunicationError,
-    DeadlockError,
-    MismatchError,
-    described,
-    frames_of,
-    text_table,
-    user_line,
-)
+from slimlab.comm.report import CommunicationError, MismatchError, frames_of, position_of
 
 MAX_STOPS = 100
 
@@ -47,9 +40,9 @@ class World:
         self.turn = 0
         self.over = threading.Event()
         self.error: BaseException | None = None
-        self.mail: dict[tuple[int, int, int, int], deque[Tensor]] = defaultdict(deque)
+        self.mail = Mail()
         self.meetings: dict[tuple[int, int], Meeting] = {}
-        self.num_contexts = 1
+        self.groups = [Group(0, tuple(range(world_size)))]
 
     def start(self, rank: int) -> None:
         """Wait for the first turn of `rank`, in its own thread."""
@@ -71,44 +64,51 @@ class World:
         with self.lock:
             self._stop(error)
 
-    def new_context(self) -> int:
-        """Return a number for a group that no other group has."""
-        self.num_contexts += 1
-        return self.num_contexts - 1
+    def new_group(self, ranks: tuple[int, ...]) -> Group:
+        """Make a group with a context of its own.
 
-    def post(self, call: Call, address: tuple[int, int, int, int], tensor: Tensor) -> Callable:
+        ranks  of the world, in the order of their rank in the group
+        """
+        self.groups.append(Group(len(self.groups), ranks))
+        return self.groups[-1]
+
+    def post(self, address: Address, tensor: Tensor) -> Letter:
         """Put a message into the mail.
 
-        call     what the sender asks for
-        address  context, and ranks of the world: src, dst, then the tag
+        address  where it goes
         tensor   itself, not a copy
-        returns  what waits until the sender may go on: at once, or when it was received
         """
         with self.lock:
-            src = address[1]
-            self._check_not_over(src)
-            letters = self.mail[address]
-            letters.append(tensor)
-        n_bytes = tensor.numel() * tensor.element_size()
+            self._check_not_over(address.src)
+            return self.mail.post(address, tensor)
+
+    def deliver(self, call: Call, letter: Letter, n_bytes: int) -> None:
+        """Wait until the sender of a message may go on: at once, or when it was received.
+
+        call     what the sender waits in
+        letter   the message
+        n_bytes  its payload
+        """
         if self.eager_bytes is None or n_bytes <= self.eager_bytes:
-            return lambda: None
+            return
+        with self.lock:
+            self._wait_until(letter.address.src, call, letter, lambda: not self.mail.has(letter))
 
-        def wait() -> None:
-            with self.lock:
-                self._wait_until(src, call, lambda: all(one is not tensor for one in letters))
+    def ask(self, address: Address) -> Letter:
+        """Begin to receive: from now on the next message with this `address` is the caller's."""
+        with self.lock:
+            self._check_not_over(address.dst)
+            return self.mail.ask(address)
 
-        return wait
+    def fetch(self, call: Call, letter: Letter) -> Tensor:
+        """Wait until a message is there, and take it out.
 
-    def fetch(self, call: Call, address: tuple[int, int, int, int]) -> Tensor:
-        """Wait until a message with this address is there, and take it out.
-
-        call     what the receiver asks for
-        address  context, and ranks of the world: src, dst, then the tag
+        call    what the receiver waits in
+        letter  the message
         """
         with self.lock:
-            letters = self.mail[address]
-            self._wait_until(address[2], call, lambda: bool(letters))
-            return letters.popleft()
+            self._wait_until(letter.address.dst, call, letter, lambda: self.mail.has(letter))
+            return self.mail.take(letter)
 
     def come(
         self, rank: int, group: Group, call: Call, payload: object, combine: Callable
@@ -127,11 +127,10 @@ class World:
             self.ranks[rank].num_met[group.context] += 1
             meeting = self.meetings.setdefault((group.context, number), Meeting(group))
             meeting.calls[rank], meeting.payloads[rank] = call, payload
+            meeting.lines[rank] = position_of(frames_of(sys._getframe()))
             if len(meeting.calls) == len(group.ranks):
-                self._check_calls_agree(meeting, rank)
                 del self.meetings[group.context, number]
-                results = combine([meeting.payloads[one] for one in group.ranks])
-                meeting.results = dict(zip(group.ranks, results))
+                self._hold(meeting, combine)
             return meeting
 
     def attend(self, rank: int, call: Call, meeting: Meeting) -> object:
@@ -141,21 +140,16 @@ class World:
         call     the collective, as tables show it
         meeting  what come returned
         returns  this rank's result
+
+        Raises what combine raised, the same on every rank.
         """
         with self.lock:
-            self.ranks[rank].meeting = meeting
             # The last to come would go on first; giving way keeps the ranks, and so what they
             # print, in the order in which they came.
-            self._wait_until(rank, call, lambda: meeting.results is not None, give_way=True)
+            self._wait_until(rank, call, meeting, lambda: meeting.held, give_way=True)
+            if meeting.error is not None:
+                raise meeting.error
             return meeting.results[rank]
-
-    def unreceived(self) -> list[tuple[int, int, int, str]]:
-        """List what lies in the mail: src, dst, tag, and the number and shape of the messages."""
-        return [
-            (*address[1:], described([tuple(letter.shape) for letter in self.mail[address]]))
-            for address in sorted(self.mail)
-            if self.mail[address]
-        ]
 
     def table(self, running: int) -> str:
         """Tabulate what every rank does and at which line of its program.
@@ -163,16 +157,36 @@ class World:
         running  the rank that computes
         """
         with self.lock:
-            return self._table(running)
+            return world_report.table(self.ranks, running)
+
+    def _hold(self, meeting: Meeting, combine: Callable) -> None:
+        ranks = meeting.group.ranks
+        if len(set(meeting.calls.values())) > 1:
+            self._stop(world_report.mismatch(meeting))
+            raise RankStopped
+        try:
+            meeting.results = dict(zip(ranks, combine([meeting.payloads[one] for one in ranks])))
+        except MismatchError as error:
+            self._stop(error)
+            raise RankStopped from error
+        except Exception as error:
+            meeting.error = error
+        meeting.held = True
 
     def _wait_until(
-        self, rank: int, call: Call, ready: Callable[[], bool], give_way: bool = False
+        self,
+        rank: int,
+        call: Call,
+        awaited: Letter | Meeting,
+        ready: Callable[[], bool],
+        give_way: bool = False,
     ) -> None:
         self._check_not_over(rank)
         if ready() and not give_way:
             return
         state = self.ranks[rank]
-        state.call, state.ready, state.random = call, ready, RandomState()
+        state.call, state.awaited, state.ready = call, awaited, ready
+        state.random = RandomState()
         self._pass_turn(rank)
         self._await_turn(rank)
         state.call, state.ready = None, lambda: True
@@ -194,7 +208,7 @@ class World:
         if all(state.finished for state in self.ranks):
             self.over.set()
         else:
-            self._stop(self._deadlock())
+            self._stop(world_report.deadlock(self.ranks, self.mail, self.groups))
 
     def _stop(self, error: BaseException) -> None:
         if not self.over.is_set():
@@ -217,54 +231,3 @@ class World:
             # A loop around a bare except would go on for ever and slow down whatever comes next.
             state.turn_came.wait()
         raise RankStopped
-
-    def _check_calls_agree(self, meeting: Meeting, rank: int) -> None:
-        if len(set(meeting.calls.values())) == 1:
-            return
-        self.ranks[rank].call = meeting.calls[rank]
-        different = len({call.name for call in meeting.calls.values()}) > 1
-        what = "different collectives" if different else "a collective with different arguments"
-        self._stop(
-            MismatchError(
-                f"the ranks called {what}:\n{self._table()}\n"
-                "change: let every rank make the same collective calls in the same order, with "
-                "equal shapes, dtypes and operations"
-            )
-        )
-        raise RankStopped
-
-    def _deadlock(self) -> DeadlockError:
-        hints = [hint for r, state in enumerate(self.ranks) for hint in self._hints(r, state)]
-        return DeadlockError(
-            "deadlock: every rank that has not finished waits for what can no longer come\n"
-            + "\n".join([self._table(), *dict.fromkeys(hints)])
-        )
-
-    def _hints(self, rank: int, state: RankState) -> list[str]:
-        if state.finished:
-            return []
-        if state.call.source is None and state.call.target is None:
-            come, expected = state.meeting.calls, state.meeting.group.ranks
-            missing = ", ".join(str(one) for one in expected if one not in come)
-            return [f"{state.call.name}: every rank must call it; missing: rank {missing}"]
-        if state.call.source is None:
-            dst, tag = state.call.target
-            return [f"rank {rank}: rank {dst} does not receive with tag {tag}"]
-        src, tag = state.call.source
-        hints = [f"rank {rank}: no message with tag {tag} from rank {src} is under way"]
-        for other_src, dst, other_tag, what in self.unreceived():
-            if dst == rank:
-                hints.append(
-                    f"rank {rank}: but {what} with tag {other_tag} from rank {other_src} lies there"
-                )
-        return hints
-
-    def _table(self, running: int | None = None) -> str:
-        frames, rows = sys._current_frames(), []
-        for rank, state in enumerate(self.ranks):
-            line = user_line(frames_of(frames.get(state.thread.ident)))
-            doing = f"waits in {state.call}" if state.call else "waits for its turn"
-            if rank == running:
-                doing = "computes"
-            rows.append((rank, "has finished", "") if state.finished else (rank, doing, line))
-        return text_table(("rank", "state", "at"), rows)
