@@ -8,6 +8,8 @@ buffer has its shape and dtype checked too.
 The collectives of a runtime need no header. Production programs send shapes only where they change.
 """
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slimlab.comm.report import CommunicationError
-from slimlab.config import require
+from slimlab.config import InputError
 
 HEADER_BYTES = 128
 MAGIC = 0x736C696D6C616231  # "slimlab1": anything else is not one of our messages
@@ -25,6 +27,7 @@ DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     torch.complex64, torch.complex128,
 )  # fmt: skip
+_HEADER = struct.Struct(f"={HEADER_BYTES // 8}q")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,36 @@ class Described:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
+def header_of(tensor: Tensor) -> bytes:
+    """Write the header of a message.
+
+    tensor   its payload
+    returns  HEADER_BYTES bytes
+
+    Raises InputError for a dtype or a number of dims that a header cannot say.
+    """
+    dtype, num_dims = tensor.dtype, tensor.dim()
+    if dtype not in DTYPES or num_dims > MAX_DIMS:
+        raise InputError(
+            f"a tensor of at most {MAX_DIMS} dims and one of the dtypes "
+            + ", ".join(str(one).removeprefix("torch.") for one in DTYPES),
+            f"{dtype} with {num_dims} dims",
+            "send tensor.view(torch.uint8), or reshape it",
+        )
+    padding = (0,) * (MAX_DIMS - num_dims)
+    return _HEADER.pack(MAGIC, DTYPES.index(dtype), num_dims, *tensor.shape, *padding)
+
+
+def read_header(first: bytes | bytearray) -> Described:
+    """Read the header of a first message.
+
+    first  at least HEADER_BYTES bytes
+
+    Raises CommunicationError if it is none.
+    """
+    return _described(_HEADER.unpack_from(first))
+
+
 def pack(tensor: Tensor, inline_bytes: int) -> tuple[Tensor, bool]:
     """Make the first message of a send.
 
@@ -58,32 +91,23 @@ def pack(tensor: Tensor, inline_bytes: int) -> tuple[Tensor, bool]:
 
     Raises InputError for a dtype or a number of dims that a header cannot say.
     """
-    require(
-        tensor.dtype in DTYPES and tensor.dim() <= MAX_DIMS,
-        f"a tensor of at most {MAX_DIMS} dims and one of the dtypes "
-        + ", ".join(str(one).removeprefix("torch.") for one in DTYPES),
-        f"{tensor.dtype} with {tensor.dim()} dims",
-        "send tensor.view(torch.uint8), or reshape it",
-    )
-    n_bytes = tensor.numel() * tensor.element_size()
-    inline = n_bytes <= inline_bytes
-    first = torch.empty(HEADER_BYTES + (n_bytes if inline else 0), dtype=torch.uint8)
-    fields = [MAGIC, DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
-    numbers = torch.tensor(fields + [0] * (HEADER_BYTES // 8 - len(fields)), dtype=torch.int64)
-    first[:HEADER_BYTES] = numbers.view(torch.uint8)
-    if inline and n_bytes:
-        first[HEADER_BYTES:] = as_bytes(tensor)
-    return first, inline
+    header = torch.frombuffer(bytearray(header_of(tensor)), dtype=torch.uint8)
+    if tensor.nbytes > inline_bytes:
+        return header, False
+    return torch.cat([header, as_bytes(tensor)]), True
 
 
 def unpack(first: Tensor) -> Described:
-    """Read the header of a first message.
+    """Read the header of a first message that is a tensor.
 
     first  uint8 of shape (at least HEADER_BYTES,)
 
     Raises CommunicationError if it is none.
     """
-    numbers = first[:HEADER_BYTES].clone().view(torch.int64).tolist()
+    return _described(first[:HEADER_BYTES].clone().view(torch.int64).tolist())
+
+
+def _described(numbers: Sequence[int]) -> Described:
     if numbers[0] != MAGIC or not 0 <= numbers[1] < len(DTYPES) or not 0 <= numbers[2] <= MAX_DIMS:
         raise CommunicationError(
             "a message arrived that was not sent by a communicator of slimlab\n"
@@ -124,9 +148,10 @@ def check_fits(described: Described, out: Tensor | None, src: int, tag: int) -> 
 
     Raises InputError.
     """
-    require(
-        out is None or described.matches(out),
+    if out is None or described.matches(out):
+        return
+    raise InputError(
         f"recv: an out for the message from rank {src} with tag {tag}, {described}",
-        "" if out is None else f"{str(out.dtype).removeprefix('torch.')} {tuple(out.shape)}",
+        f"{str(out.dtype).removeprefix('torch.')} {tuple(out.shape)}",
         "let both ranks agree on the shape, or leave out away",
     )
