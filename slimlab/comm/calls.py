@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from slimlab.comm.counts import Counts
 from slimlab.comm.report import Position, frames_of, line_at, position_of
 from slimlab.config import require
 
@@ -200,12 +201,14 @@ class Progress:
     since_s    time.monotonic() when it went in or came out
     num_calls  how many it has begun
     started    the handles that were not waited for, with what was started and the line that did
+    counts     how many messages and collectives it has begun and done
     """
 
     def __init__(self):
         self.call: Call | None = None
         self.since_s, self.num_calls = time.monotonic(), 0
         self.started: dict[Handle, tuple[Call, Position | None]] = {}
+        self.counts = Counts()
 
     @contextmanager
     def inside(self, call: Call) -> Iterator[None]:
@@ -216,8 +219,12 @@ class Progress:
         outer, self.call = self.call, call
         self.num_calls += 1
         self.since_s = time.monotonic()
+        if outer is None:
+            self.counts.begin(call)
         try:
             yield
+            if outer is None:
+                self.counts.end(call)
         finally:
             self.call, self.since_s = outer, time.monotonic()
 
@@ -228,6 +235,8 @@ class Progress:
         finish   what waits for it
         returns  a handle that waits inside of Call("wait"), for tables to show
         """
+        if self.call is None:
+            self.counts.start(call)
         arguments = replace(call, group=None)
         waits_in = replace(call, name="wait", arguments=str(arguments))
 
