@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from slimlab.comm.calls import Call
-from slimlab.comm.report import MismatchError, frames_of, text_table, user_line
+from slimlab.comm.report import (
+    MismatchError,
+    Position,
+    frames_of,
+    line_at,
+    position_of,
+    text_table,
+)
 
 
 class Agreement:
@@ -39,20 +46,20 @@ class Agreement:
         Communicates: one all_reduce of 16 bytes; if calls differ, one gather of texts.
         Raises MismatchError, the same on every rank, if the calls differ.
         """
-        number = digest(call)
-        low, high = self._smallest(torch.tensor([number, -number])).tolist()
+        low, high = self._smallest(digests(call)).tolist()
         if low != -high:
             self.explain(call)
 
-    def explain(self, call: Call) -> None:
+    def explain(self, call: Call, where: Position | None = None) -> None:
         """Exchange the calls and raise the error that names them all.
 
-        call  of this rank
+        call   of this rank
+        where  the line that made it; None: the one that led here
 
         Communicates: one gather of texts.
         Raises MismatchError, the same on every rank.
         """
-        line = user_line(frames_of(sys._getframe()))
+        line = line_at(where or position_of(frames_of(sys._getframe())))
         texts = [text.split("\0") for text in self._gather(f"{call.name}\0{call}\0{line}")]
         raise MismatchError(mismatch_message(texts, call.group))
 
@@ -63,6 +70,15 @@ def digest(call: Call) -> int:
     call  any
     """
     return int.from_bytes(hashlib.blake2b(str(call).encode(), digest_size=8).digest(), "big") >> 2
+
+
+def digests(call: Call) -> Tensor:
+    """Return int64 (2,), whose smallest values over all ranks add up to 0 if all calls are equal.
+
+    call  of this rank
+    """
+    number = digest(call)
+    return torch.tensor([number, -number])
 
 
 def mismatch_message(texts: list[list[str]], ranks: Sequence[int] | None = None) -> str:

@@ -62,6 +62,16 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def short_group(ranks: Sequence[int]) -> str:
+    """Write the ranks of a group as tables show them.
+
+    ranks  of the world
+    """
+    if len(ranks) <= 8:
+        return f"({', '.join(map(str, ranks))})"
+    return f"({', '.join(map(str, ranks[:4]))}, ..., {ranks[-1]})"
+
+
 def frames_of(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
     """Walk a running thread's frames with their line numbers, the innermost first.
 
@@ -89,6 +99,33 @@ def described(shapes: Sequence[tuple[int, ...]]) -> str:
     if len(shapes) == 1:
         return f"one of shape {shapes[0]}"
     return f"{len(shapes):,} messages, the first of shape {shapes[0]},"
+
+
+def leavings(sent: Sequence[str], unwaited: Sequence[Sequence[str]]) -> CommunicationError | None:
+    """Say what is left after all ranks have finished.
+
+    sent      messages that were never received, one line each
+    unwaited  of every rank, calls that were started and never waited for
+    returns   None if nothing is left
+    """
+    begun = [f"rank {rank}: {what}" for rank, whats in enumerate(unwaited) for what in whats]
+    lines = []
+    if sent:
+        lines += ["all ranks have finished, and messages were never received:", *sent]
+    if begun:
+        lines += ["all ranks have finished, and calls that were started never waited for:", *begun]
+    if not lines:
+        return None
+    if begun:
+        lines.append(
+            "change: call wait() of every handle; before, what it gives is not there, and on other "
+            "runtimes what it sends may never leave"
+        )
+    else:
+        lines.append(
+            "change: add the missing recv, or drop the send; other runtimes may wait for ever"
+        )
+    return (UnreceivedError if sent else UnwaitedError)("\n".join(lines))
 
 
 def message_of(error: BaseException) -> str:

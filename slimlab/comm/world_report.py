@@ -16,9 +16,8 @@ from slimlab.comm.report import (
     CommunicationError,
     DeadlockError,
     MismatchError,
-    UnreceivedError,
-    UnwaitedError,
     frames_of,
+    leavings,
     line_at,
     text_table,
     user_line,
@@ -86,24 +85,7 @@ def left_over(
         + _within(address, groups)
         for address, what in mail.left()
     ]
-    begun = [f"rank {rank}: {what}" for rank, whats in enumerate(unwaited) for what in whats]
-    lines = []
-    if sent:
-        lines += ["all ranks have finished, and messages were never received:", *sent]
-    if begun:
-        lines += ["all ranks have finished, and calls that were started never waited for:", *begun]
-    if not lines:
-        return None
-    if begun:
-        lines.append(
-            "change: call wait() of every handle; before, what it gives is not there, and on other "
-            "runtimes what it sends may never leave"
-        )
-    else:
-        lines.append(
-            "change: add the missing recv, or drop the send; other runtimes may wait for ever"
-        )
-    return (UnreceivedError if sent else UnwaitedError)("\n".join(lines))
+    return leavings(sent, unwaited)
 
 
 def _hints(rank: int, ranks: Sequence[RankState], mail: Mail, groups: Sequence[Group]) -> list[str]:
