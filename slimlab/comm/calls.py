@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slimlab.comm.counts import Counts
-from slimlab.comm.report import Position, frames_of, line_at, position_of
+from slimlab.comm.report import Position, frames_of, line_at, position_of, short_group
 from slimlab.config import require
 
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -182,16 +182,6 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses of a tensor's first byte and of the one behind its last."""
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + (span + 1) * tensor.element_size()
-
-
-def short_group(ranks: Sequence[int]) -> str:
-    """Write the ranks of a group as tables show them.
-
-    ranks  of the world
-    """
-    if len(ranks) <= 8:
-        return f"({', '.join(map(str, ranks))})"
-    return f"({', '.join(map(str, ranks[:4]))}, ..., {ranks[-1]})"
 
 
 class Progress:
