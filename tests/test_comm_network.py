@@ -8,11 +8,11 @@ import torch
 from slimlab.comm.clocks import VirtualClock, WallClock
 from slimlab.comm.collectives import ALGORITHMS, ring_all_reduce
 from slimlab.comm.launch import run_ranks
+from slimlab.comm.links import Wire
 from slimlab.comm.network import DialledCommunicator, Network, dialled
 from slimlab.comm.ports import Lane
 from slimlab.comm.report import MismatchError
 from slimlab.comm.trace import TracedCommunicator, traced
-from slimlab.comm.wires import Wire
 from slimlab.config import InputError
 from slimlab.plan.alpha_beta import Link, alpha_beta_s
 

@@ -52,8 +52,8 @@ from slimlab.comm.collectives_direct import (
     direct_scatter,
     dissemination_barrier,
 )
+from slimlab.comm.links import Network, Wire
 from slimlab.comm.ports import Port, SentStamps, SharedStamps
-from slimlab.comm.wires import Network, Wire
 from slimlab.comm.wrapped import WrappedCommunicator, bytes_of, quiet_twin
 from slimlab.config import check_number, require
 
