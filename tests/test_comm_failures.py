@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comm_errors import NEVER_S, error_of, rows_of
 
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.report import (
@@ -23,28 +24,7 @@ from slimlab.comm.report import (
 )
 from slimlab.config import InputError
 
-# None of the errors below but the timeouts may need a time limit: this one would fail the test.
-NEVER_S = 250
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def error_of(program, world_size, kind, **options):
-    with pytest.raises(kind) as caught:
-        run_ranks(program, world_size, **{"timeout_s": NEVER_S, **options})
-    assert isinstance(caught.value, CommunicationError)
-    return caught.value
-
-
-def rows_of(error):
-    """The table in an error's message: {rank: [state or call, line]}."""
-    lines = str(error).splitlines()
-    start = next(i for i, line in enumerate(lines) if line[:11] in ("rank  state", "rank  calle"))
-    at = lines[start].index(" at")
-    rows = {}
-    for line in lines[start + 1 :]:
-        if line[:1].isdigit():
-            rows[int(line.split()[0])] = [line[6:at].strip(), line[at:].strip()]
-    return rows
 
 
 def test_waiting_for_a_message_that_nobody_sends_is_a_deadlock():
@@ -389,6 +369,8 @@ def test_the_callers_random_state_survives_a_failure():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+FLAT = torch.ones(4)
+
 BAD_CALLS = {
     "dst too large": (lambda comm: comm.send(torch.ones(1), 2), "dst = 2 on rank 0 of 2"),
     "dst negative": (lambda comm: comm.send(torch.ones(1), -1), "(comm.rank + 1)"),
@@ -406,6 +388,52 @@ BAD_CALLS = {
     "sum of booleans": (lambda comm: comm.all_reduce(torch.tensor(True)), "bool"),
     "max of complex": (
         lambda comm: comm.all_reduce(torch.ones(1, dtype=torch.cfloat), op="max"), "complex64",
+    ),
+    "root too large": (lambda comm: comm.broadcast(torch.ones(1), 2), "src = 2 on rank 0 of 2"),
+    "root negative": (lambda comm: comm.reduce(torch.ones(1), -1), "dst = -1"),
+    "root a truth value": (lambda comm: comm.gather(torch.ones(1), True), "dst = True"),
+    "color a fraction": (lambda comm: comm.split(comm.rank / 2), "color = 0.0"),
+    "key None": (lambda comm: comm.split(0, None), "key = None"),
+    "no dim to join along": (lambda comm: comm.all_gather(torch.tensor(1)), "tensor.reshape(1)"),
+    "rows that do not divide": (lambda comm: comm.reduce_scatter(torch.ones(3)), "3 rows"),
+    "too few sizes": (lambda comm: comm.reduce_scatter(torch.ones(3), sizes=[3]), "sizes of 2"),
+    "a negative size": (lambda comm: comm.scatter(torch.ones(1), sizes=[2, -1]), "[2, -1]"),
+    "sizes of more than there is": (
+        lambda comm: comm.scatter(torch.ones(5), sizes=[3, 3]), "[3, 3], together 6",
+    ),
+    "another size than one's own": (
+        lambda comm: comm.all_gather(torch.ones(5), sizes=[4, 5]), "a part of sizes[0] = 4 rows",
+    ),
+    "sizes of one direction": (
+        lambda comm: comm.all_to_all(torch.ones(4), send_sizes=[3, 1]), "recv_sizes = None",
+    ),
+    "scatter without a tensor": (lambda comm: comm.scatter(None), "given: a NoneType"),
+    "out of another shape": (
+        lambda comm: comm.all_gather(torch.ones(2), out=torch.ones(3)), "given: float32 (3,)",
+    ),
+    "out of another dtype": (
+        lambda comm: comm.all_reduce(torch.ones(2), out=torch.ones(2).int()), "given: int32 (2,)",
+    ),
+    "out not contiguous": (
+        lambda comm: comm.all_reduce(torch.ones(2, 3), out=torch.ones(3, 2).T), "not contiguous",
+    ),
+    "out not contiguous for recv": (
+        lambda comm: comm.recv(1, out=torch.ones(3, 2).T), "strides (1, 2)",
+    ),
+    "sendrecv into what is sent": (
+        lambda comm: comm.sendrecv(FLAT, 1, 1, out=FLAT), "one apart from it",
+    ),
+    "all_to_all into its argument": (
+        lambda comm: comm.all_to_all(FLAT, out=FLAT), "an out that overlaps",
+    ),
+    "all_gather into a buffer that holds the part": (
+        lambda comm: comm.all_gather(FLAT[:2], out=FLAT), "an out that overlaps",
+    ),
+    "all_reduce into the same memory one further": (
+        lambda comm: comm.all_reduce(FLAT[:3], out=FLAT[1:]), "an out that overlaps",
+    ),
+    "broadcast into its own transpose": (
+        lambda comm: comm.broadcast(FLAT.view(2, 2).T, out=FLAT.view(2, 2)), "an out that overlaps",
     ),
 }  # fmt: skip
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from slimlab.comm.agree import mismatch_message
-from slimlab.comm.calls import short_group
 from slimlab.comm.groups import Group
 from slimlab.comm.mail import Address, Letter, Mail
 from slimlab.comm.rank_state import Meeting, RankState
@@ -19,6 +18,7 @@ from slimlab.comm.report import (
     frames_of,
     leavings,
     line_at,
+    short_group,
     text_table,
     user_line,
 )
