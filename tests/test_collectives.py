@@ -6,8 +6,10 @@ from collective_cases import (
     ALL_REDUCES,
     REDUCING,
     Case,
+    call,
     check_cases,
     every_case,
+    inputs,
     run_cases,
 )
 from hypothesis import given, settings
@@ -17,9 +19,11 @@ from slimlab.comm import collectives
 from slimlab.comm.collectives import ALGORITHMS
 from slimlab.comm.collectives_shared import TAG
 from slimlab.comm.launch import run_ranks
+from slimlab.comm.network import Network, dialled
 from slimlab.comm.report import RankError
 from slimlab.comm.thread_ranks import run_in_threads
 from slimlab.config import InputError
+from slimlab.plan.messages import Link, alpha_beta_s
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 DTYPES += [torch.int32, torch.complex64]
@@ -44,6 +48,30 @@ def test_two_levels_with_hosts_of_every_size(world_size):
         for count in range(1, world_size + 1)
     ]
     check_cases(cases, run_ranks(run_cases, world_size, args=(cases,)))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_a_dialled_network_they_take_the_seconds_that_are_predicted(name, world_size):
+    even = world_size & (world_size - 1) == 0
+    per_host = 2 if world_size % 2 == 0 else 1
+    for num_elements in (48 * world_size, 48 * world_size + 1, 7):
+        case = Case(name, num_elements, root=1, ranks_per_host=per_host)
+        tensors = inputs(case, world_size)
+        for latency_s in (1.0, 100.0):
+            program = dialled(
+                lambda comm, case=case, tensors=tensors: call(comm, case, tensors[comm.rank]),
+                Network(latency_s, 1.0),
+            )
+            found_s = max(one.clock_s for one in run_ranks(program, world_size))
+            link = Link(latency_s, 1.0)
+            predicted_s = alpha_beta_s(
+                name, world_size, num_elements, 4, link, ranks_per_host=per_host
+            )
+            assert found_s <= predicted_s * (1 + 1e-9), case
+            exact = name in ("ring_all_reduce", "rabenseifner_all_reduce")
+            if exact or (even and num_elements % world_size == 0):
+                assert found_s == pytest.approx(predicted_s, rel=1e-9), case
 
 
 @st.composite

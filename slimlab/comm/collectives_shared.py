@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimlab.comm.calls import check_apart, check_out, check_payload, check_reduction
 from slimlab.comm.messages import Messages
-from slimlab.config import require
+from slimlab.config import InputError
 
 # The last tag there is: messages of a program's own, under way at the same time, have others.
 TAG = 2**20
@@ -76,6 +76,9 @@ def prepare(
     """
     check_payload(name, tensor)
     check_reduction(op, tensor.dtype)
+    if out is tensor and tensor.is_contiguous():
+        flat = tensor.detach().view(-1)
+        return out, flat, flat
     check_out(name, out, tensor.shape, tensor)
     check_apart(name, tensor, out, may_be_same=True)
     if out is None:
@@ -96,14 +99,14 @@ def scratch(name: str, work: Tensor | None, num_elements: int, like: Tensor) -> 
     if work is None:
         return torch.empty(num_elements, dtype=like.dtype, device=like.device)
     fits = work.dim() == 1 and work.numel() >= num_elements and work.is_contiguous()
-    require(
-        fits and work.dtype == like.dtype and work.device == like.device,
+    if fits and work.dtype == like.dtype and work.device == like.device:
+        return work
+    raise InputError(
         f"{name}: work, contiguous, {like.dtype}, on {like.device}, one dim of at least "
         f"{num_elements} elements",
         f"{work.dtype}, on {work.device}, shape {tuple(work.shape)}",
         "make it with torch.empty(tensor.numel() + 1, dtype=tensor.dtype), or leave it away",
     )
-    return work.detach()
 
 
 def largest_power_of_two(limit: int) -> int:

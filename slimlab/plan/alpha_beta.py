@@ -102,8 +102,9 @@ def alpha_beta_s(
 ) -> float:
     """Predict the seconds of a collective, from its call to the end on the last rank.
 
-    Each step is taken to last as long as its largest message. That is exact where parts are
-    equal; else a step lasts at most one element too long.
+    All ranks are taken to keep step: each step lasts as long as its largest message. That is exact
+    for ring_all_reduce and Rabenseifner's, and for the others with equal parts on a power of two of
+    ranks. Else a rank that is ready sooner begins sooner, and this is an upper bound.
 
     algorithm         a key of slimlab.plan.phases.PHASES
     world_size        number of ranks
