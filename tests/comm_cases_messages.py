@@ -83,7 +83,9 @@ def sendrecv_with_one_partner_and_other_shapes_each_way(comm):
     if partner >= comm.world_size:
         return
     mine, theirs = (part(r, (2 + r, 3), torch.float64) for r in (comm.rank, partner))
-    same(comm.sendrecv(mine.to(comm.device), partner, partner, 5), theirs, "sendrecv")
+    with noted(comm, ("send", mine, partner), ("recv", theirs, partner)):
+        found = comm.sendrecv(mine.to(comm.device), partner, partner, 5)
+    same(found, theirs, "sendrecv")
 
 
 @case
