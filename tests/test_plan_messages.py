@@ -172,6 +172,13 @@ def test_the_terms_are_those_of_the_paper():
     assert (folded.alphas, folded.betas, folded.gammas) == (6, Fraction(3, 2) + 2, Fraction(7, 4))
 
 
+@pytest.mark.parametrize("world_size", range(1, 18))
+def test_a_long_broadcast_sends_all_but_its_own_part_twice_one_after_the_other(world_size):
+    cost = cost_of("scatter_ring_broadcast", world_size)
+    assert cost.betas == 2 * Fraction(world_size - 1, world_size)
+    assert cost.alphas == lower_bound_steps(world_size) + world_size - 1
+
+
 def test_a_step_lasts_as_long_as_its_largest_message():
     # 7 elements on 3 ranks: parts of 2, 2 and 3
     link = Link(0.0, 1.0)
