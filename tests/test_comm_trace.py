@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from slimlab.comm.clocks import ClockOffset
-from slimlab.comm.collectives import ring_all_reduce
+from slimlab.comm.collectives import ALGORITHMS, ring_all_reduce
 from slimlab.comm.events import Event, Message, from_record, steps_of, to_record
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.trace import Trace, TracedCommunicator, gather_trace, traced
 from slimlab.config import InputError
+from slimlab.plan.alpha_beta import cost_of
 
 
 def trace_of(program, world_size=4, args=()):
@@ -229,6 +230,27 @@ def test_steps_follow_from_who_waits_for_whom():
 def test_in_a_ring_all_ranks_send_in_every_step():
     steps = steps_of(trace_of(lambda comm: ring_all_reduce(comm, torch.ones(4)), 3).events)
     assert [(step, one.rank) for step, one in steps] == [(s, r) for s in range(4) for r in range(3)]
+
+
+def test_a_rank_receives_one_message_in_a_step_first_what_it_asks_for_first():
+    def program(comm):
+        if comm.rank == 0:
+            for src in (3, 1, 2):
+                comm.recv(src)
+        else:
+            comm.send(torch.ones(1), 0)
+
+    steps = steps_of(trace_of(program).events)
+    assert [(step, one.rank) for step, one in steps] == [(0, 3), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_have_as_many_steps_as_the_model_says(name):
+    hosts = {"ranks_per_host": 2} if name == "two_level_all_reduce" else {}
+    for world_size in (2, 3, 5, 8):
+        trace = trace_of(lambda comm: ALGORITHMS[name](comm, torch.ones(120), **hosts), world_size)
+        cost = cost_of(name, world_size, **hosts)
+        assert steps_of(trace.events)[-1][0] + 1 == cost.alphas + cost.host_alphas
 
 
 def test_steps_end_where_a_message_came_from_outside_of_the_trace():

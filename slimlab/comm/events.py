@@ -104,30 +104,44 @@ def link_matrix(events: Sequence[Event], world_size: int, counted: str) -> Tenso
 
 
 def steps_of(events: Sequence[Event]) -> list[tuple[int, Event]]:
-    """Find in which step each message leaves, if a message took one step and nothing else any time.
+    """Find in which step each message travels, if nothing but messages took any time.
 
-    A rank sends one message per step; what it sends after it has received leaves in a later step
-    than what it received.
+    In a step a rank sends at most one message and receives at most one. What it sends after it has
+    received travels in a later step; of messages that could arrive in the same step, the one that
+    the receiver asks for first does.
 
     events   of all ranks, each rank's in the order of its calls
     returns  (step from 0, event that sends), the earliest first, in rank order within a step
     """
-    waiting: dict[int, deque] = {event.rank: deque() for event in events}
+    ends = {event.rank: deque() for event in events}
+    asked_for = {}
     for event in events:
-        ends = ((event.sent, True), (event.received, False))
-        waiting[event.rank].extend((end.key, leaves, event) for end, leaves in ends if end)
-    step_of, arrives_in, found = dict.fromkeys(waiting, 0), {}, []
-    moved = True
-    while moved:
-        moved = False
-        for rank, queue in waiting.items():
-            while queue and (queue[0][1] or queue[0][0] in arrives_in):
-                key, leaves, event = queue.popleft()
-                moved = True
-                if leaves:
-                    found.append((step_of[rank], event))
-                    step_of[rank] += 1
-                    arrives_in[key] = step_of[rank]
-                else:
-                    step_of[rank] = max(step_of[rank], arrives_in[key])
-    return sorted(found, key=lambda one: (one[0], one[1].rank))
+        ends[event.rank].extend((event, leaves) for leaves in (True, False) if _end(event, leaves))
+        if event.received:
+            asked_for[event.received.key] = len(asked_for)
+    next_step, arrived, taken, found = dict.fromkeys(ends, 0), {}, set(), []
+
+    def urgency(rank: int) -> tuple[int, int, int]:
+        key = ends[rank][0][0].sent.key
+        return next_step[rank], asked_for.get(key, len(asked_for)), rank
+
+    while True:
+        for rank, queue in ends.items():
+            while queue and not queue[0][1] and queue[0][0].received.key in arrived:
+                key = queue.popleft()[0].received.key
+                next_step[rank] = max(next_step[rank], arrived[key])
+        ready = [rank for rank, queue in ends.items() if queue and queue[0][1]]
+        if not ready:
+            # What is left receives messages from outside of the trace.
+            return sorted(found, key=lambda one: (one[0], one[1].rank))
+        rank = min(ready, key=urgency)
+        event, step = ends[rank].popleft()[0], next_step[rank]
+        while (event.sent.peer, step) in taken:
+            step += 1
+        taken.add((event.sent.peer, step))
+        found.append((step, event))
+        next_step[rank] = arrived[event.sent.key] = step + 1
+
+
+def _end(event: Event, leaves: bool) -> Message | None:
+    return event.sent if leaves else event.received

@@ -11,6 +11,8 @@ from slimlab.show.predicted import predicted_figure
 from slimlab.show.source import show_source
 from slimlab.show.stacks import stacked_bars
 from slimlab.show.style import COLOURS, use_style
+from slimlab.show.timeline import timeline_figure
+from slimlab.show.traffic import bytes_figure, cost_figure, steps_figure
 from slimlab.text.progress import progress
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "attention_map",
     "bars",
     "box_figure",
+    "bytes_figure",
+    "cost_figure",
     "curves",
     "flow_figure",
     "framed_figure",
@@ -31,5 +35,7 @@ __all__ = [
     "progress",
     "show_source",
     "stacked_bars",
+    "steps_figure",
+    "timeline_figure",
     "use_style",
 ]
