@@ -129,7 +129,8 @@ def _(student, numbers):
     for end in range(1, len(text) + 1):
         starts = range(max(0, end - 3), end)
         best.append(max(best[s] + LOG_PROBS.get(text[s:end], -math.inf) for s in starts))
-    what, look = "the sum of log_probs over 3000 characters", "sums of logarithms, not products"
+    what = "the sum of log_probs over 3000 characters"
+    look = "what is maximised: the sum over the whole text; and logarithms, since products vanish"
     total = sum(LOG_PROBS[piece] for piece in found)
     expect_close(total, best[-1], what, look, rtol=1e-9, reason="float64 rounding")
 
