@@ -1,0 +1,146 @@
+"""How ranks that torch.distributed connects compare their calls before a collective.
+
+Chapter 07 uses it through slimlab.comm.distributed; slimlab.comm.agree says what is compared. gloo
+carries the comparison: an all_reduce of 16 bytes. Data must not follow before it is known to fit:
+where two ranks differ in size, gloo ends the process.
+
+A collective that is only started must not wait for the comparison. A thread of its own compares it
+and starts it when all ranks have come; what differs is said by the call that waits. Collectives
+that follow wait for this thread, so that all are compared and started in the program's order.
+
+Production programs compare on request (TORCH_DISTRIBUTED_DEBUG=DETAIL), or not at all.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimlab.comm.agree import Agreement, digests
+from slimlab.comm.calls import Call, Progress
+from slimlab.comm.counts import Counts
+from slimlab.comm.gloo_messages import Port
+from slimlab.comm.report import Position, frames_of, leavings, position_of
+from slimlab.comm.standing import Standing
+from slimlab.comm.stuck import unreceived
+from slimlab.comm.torch_carriers import Carrier, Carriers
+
+
+class Comparison:
+    """The comparison of calls within one group.
+
+    carriers  of the group
+    port      of the group
+    check     compare; else only meet waits for the others
+    """
+
+    def __init__(self, carriers: Carriers, port: Port, check: bool):
+        self._carriers, self._port, self.on = carriers, port, check
+        self._agreement = Agreement(self._smallest, port.texts)
+        self._starter: ThreadPoolExecutor | None = None
+        self._unequal: tuple[Call, Position | None] | None = None
+
+    def check(self, call: Call) -> None:
+        """Wait until every rank has come to a collective, and compare.
+
+        call  of this rank
+
+        Communicates: one all_reduce of 16 bytes, over gloo.
+        Raises MismatchError, the same on every rank, if calls differ.
+        """
+        if not self.on:
+            return
+        if self._starter is not None:
+            self._carriers.gloo.lookout.result(self._starter.submit(int))
+            self._raise_if_unequal()
+        self._agreement.check(call)
+
+    def meet(self, call: Call) -> None:
+        """Wait until every rank has come; compare if calls are compared.
+
+        call  of this rank
+
+        Communicates: one all_reduce of 16 bytes, over gloo.
+        Raises as check does.
+        """
+        if self.on:
+            self.check(call)
+        else:
+            self._smallest(torch.zeros(2, dtype=torch.int64))
+
+    def begin(self, call: Call, start: Callable[[], dist.Work]) -> Callable[[], dist.Work]:
+        """Compare a call and start it, without waiting.
+
+        call     of this rank
+        start    hands the tensors to a backend
+        returns  what waits until the call has been started, and returns what start returned; it
+                 raises as check does
+
+        Communicates: one all_reduce of 16 bytes, over gloo, and what start begins.
+        """
+        if not self.on:
+            work = start()
+            return lambda: work
+        if self._starter is None:
+            self._starter = ThreadPoolExecutor(1, "slimlab-starter")
+        where = position_of(frames_of(sys._getframe()))
+        future = self._starter.submit(self._compare_and_start, call, where, start)
+
+        def started() -> dist.Work:
+            work = self._carriers.gloo.lookout.result(future)
+            self._raise_if_unequal()
+            return work
+
+        return started
+
+    def check_nothing_is_left(self, progress: Progress) -> None:
+        """Compare what all ranks have begun and done, after all have finished.
+
+        progress  of this rank
+
+        Communicates: one message from each rank to each.
+        Raises, the same on every rank, UnreceivedError for messages that nobody received,
+        UnwaitedError for calls that were started and never waited for.
+        """
+        if not self.on:
+            return
+        mine = json.dumps([progress.counts.as_lists(), progress.unwaited()])
+        everyones = [json.loads(text) for text in self._port.texts(mine)]
+        standings = [
+            Standing(counts=None if counts is None else Counts.from_lists(counts))
+            for counts, _ in everyones
+        ]
+        error = leavings(unreceived(standings), [unwaited for _, unwaited in everyones])
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End the thread, if there is one."""
+        if self._starter is not None:
+            self._starter.shutdown()
+
+    def _compare_and_start(
+        self, call: Call, where: Position | None, start: Callable[[], dist.Work]
+    ) -> dist.Work | None:
+        if self._unequal is None:
+            low, high = _smallest(digests(call), self._carriers.direct).tolist()
+            if low == -high:
+                return start()
+            self._unequal = call, where
+        return None
+
+    def _raise_if_unequal(self) -> None:
+        if self._unequal is not None:
+            self._agreement.explain(*self._unequal)
+
+    def _smallest(self, numbers: Tensor) -> Tensor:
+        return _smallest(numbers, self._carriers.gloo)
+
+
+def _smallest(numbers: Tensor, gloo: Carrier) -> Tensor:
+    gloo.wait(gloo.all_reduce(numbers, "min"))
+    return numbers
