@@ -58,7 +58,13 @@ PRIVATE_WORDS = {
     "zero_level": "zero_stage",
 }
 # MPI's own names and those of other libraries are spelled as they are there.
-FOREIGN_WORDS = {"comm/mpi.py", "comm/torch_carriers.py", "model/pretrained_names.py"}
+FOREIGN_WORDS = {
+    "comm/mpi.py",
+    "comm/mpi_compare.py",
+    "comm/mpi_transport.py",
+    "comm/torch_carriers.py",
+    "model/pretrained_names.py",
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
