@@ -20,7 +20,8 @@ SILENT_S = 2.0
 class Standing:
     """What is known of one rank.
 
-    state      "starts", "computes", "waits", "has finished", "has raised" or "has ended"
+    state      "starts", "computes", "waits", "has finished", "has raised", "has lost another rank"
+               or "has ended"
     call       what it waits in, as tables show it; name, source, target and group as in a
                slimlab.comm.calls.Call
     line       of its program
@@ -63,7 +64,7 @@ class Standing:
 
         now_s  on the watcher's clock
         """
-        if self.state in ("computes", "waits") and now_s - self.heard_s > SILENT_S:
+        if self.going_on and now_s - self.heard_s > SILENT_S:
             return f"does not answer since {now_s - self.heard_s:.0f} s"
         return f"waits in {self.call}" if self.state == "waits" else self.state
 
@@ -79,13 +80,10 @@ def standings_table(standings: Iterable[Standing], now_s: float) -> str:
     standings  in rank order
     now_s      on the watcher's clock
     """
-    return text_table(
-        ("rank", "state", "at"),
-        [
-            (rank, one.doing(now_s), "" if one.state in ("starts", "has finished") else one.line)
-            for rank, one in enumerate(standings)
-        ],
-    )
+    rows = [(rank, one.doing(now_s), one.line) for rank, one in enumerate(standings)]
+    placeless = ("starts", "has finished")
+    rows = [(rank, doing, "" if doing in placeless else line) for rank, doing, line in rows]
+    return text_table(("rank", "state", "at"), rows)
 
 
 def odd_ranks(standings: list[Standing]) -> str:

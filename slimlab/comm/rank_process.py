@@ -1,0 +1,189 @@
+"""What a process does that run_ranks has started as a rank: connect, run the program, send back.
+
+slimlab.comm.process_ranks is the other side. The process may be a fork of the caller, which is
+quick, or a fresh Python. Either way it owns its output and its session, hears no Ctrl-C (whoever
+called run_ranks decides what an interrupt means), and dies with whoever started it.
+
+A process that torchrun starts does all this in its own main program.
+"""
+
+import ctypes
+import io
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from slimlab.comm.base import Communicator
+from slimlab.comm.channel import Channel
+from slimlab.comm.shipping import Surroundings, pack, unpack
+from slimlab.comm.watch import Watch
+
+PR_SET_PDEATHSIG = 1
+LOCALHOST = "127.0.0.1"
+LATER_S = 30.0
+
+
+@dataclass
+class Task:
+    """What the ranks of one run are to do.
+
+    program, world_size, backend, timeout_s, args, check  as in slimlab.comm.launch.run_ranks
+    port          of the store where ranks of gloo and NCCL meet; None: they need none
+    surroundings  what ranks need that are not forked
+    """
+
+    program: Callable
+    world_size: int
+    backend: str
+    timeout_s: float
+    args: tuple
+    check: bool
+    port: int | None = None
+    surroundings: Surroundings | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The rank's ends of the lines to whoever started it, as numbers of open files.
+
+    channel  a socket for slimlab.comm.channel
+    out, err  where its output goes
+    """
+
+    channel: int
+    out: int
+    err: int
+
+    def all(self) -> tuple[int, int, int]:
+        """Return the three numbers."""
+        return self.channel, self.out, self.err
+
+
+def run_forked(task: Task, rank: int, lines: Lines, env: dict[str, str], parent: int) -> None:
+    """Become a rank, in a process that has just been forked; never returns.
+
+    task    what to do
+    rank    which rank to be
+    lines   to whoever started it
+    env     environment variables to set
+    parent  the process that forked this one
+    """
+    try:
+        os.setsid()
+        _become_rank(lines, parent)
+        os.environ.update(env)
+        _run(task, rank, lines)
+    finally:
+        os._exit(1)
+
+
+def run_spawned() -> None:
+    """Become a rank, in a fresh Python whose command line says where the lines are; never returns.
+
+    The arguments are the rank, the three numbers of the lines, that of a file with the packed task,
+    and the process that started this one, or 0.
+    """
+    rank, *numbers, payload, parent = map(int, sys.argv[1:])
+    lines = Lines(*numbers)
+    try:
+        _become_rank(lines, parent)
+        task = unpack(os.pread(payload, os.fstat(payload).st_size, 0))
+        os.close(payload)
+        task.surroundings.enter()
+        _run(task, rank, lines)
+    finally:
+        os._exit(1)
+
+
+def _become_rank(lines: Lines, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, target in ((nothing, 0), (lines.out, 1), (lines.err, 2)):
+        os.dup2(number, target)
+        os.close(number)
+    # Not what they were in the caller: those of a notebook would write into its cells.
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, mode, closefd=False), errors=errors, line_buffering=True)
+        for number, mode, errors in ((0, "r", None), (1, "w", "replace"), (2, "w", "replace"))
+    )
+    # A process that has used OpenMP makes its forks hang in libgomp, unless they use one thread.
+    torch.set_num_threads(1)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent not in (0, os.getppid()):  # it was gone before it could be heard of
+        os._exit(1)
+
+
+def _run(task: Task, rank: int, lines: Lines) -> None:
+    watch = Watch(Channel(socket.socket(fileno=lines.channel)), rank, must_last=True)
+    try:
+        comm = _connect(task, rank, watch)
+        result = task.program(comm, *task.args)
+        comm.close()
+        blob = _packed((result, comm.ledger), rank)
+    except BaseException as error:  # sys.exit() too: nobody else would say a word of it
+        _flush()
+        watch.raised(error, traceback.format_exc(), _packed_error(error))
+        watch.wait_for_end()
+    _flush()
+    watch.finished(blob)
+    if task.backend == "mpi":
+        from slimlab.comm.mpi_start import end_mpi
+
+        end_mpi()
+    watch.farewell()
+    os._exit(0)
+
+
+def _connect(task: Task, rank: int, watch: Watch) -> Communicator:
+    if task.backend == "mpi":
+        from slimlab.comm.mpi_start import connect_mpi
+
+        comm = connect_mpi(task.world_size, check=task.check)
+    else:
+        from slimlab.comm.distributed import init_torch
+
+        store = torch.distributed.TCPStore(LOCALHOST, task.port, is_master=False)
+        # Later than the watch, which knows of all ranks and says more.
+        late_s = 2 * task.timeout_s + LATER_S
+        comm = init_torch(task.backend, rank, task.world_size, store, late_s, task.check)
+    watch.begin(comm.progress)
+    return comm
+
+
+def _packed(result: object, rank: int) -> bytes:
+    try:
+        return pack(result)
+    except Exception as error:
+        raise TypeError(
+            f"what the program returned on rank {rank} cannot travel to the caller: {error}\n"
+            "change: return tensors, numbers, texts, and lists or dictionaries of them"
+        ) from error
+
+
+def _packed_error(error: BaseException) -> bytes:
+    try:
+        blob = pack(error)
+        unpack(blob)  # an exception that pickles may still refuse to be made again
+        return blob
+    except Exception:
+        return b""
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            continue
