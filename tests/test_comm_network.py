@@ -1,9 +1,13 @@
 """A dialled network: seconds that were computed by hand, and results that do not change."""
 
+import time
 from math import inf
 
 import pytest
 import torch
+from comm_runtimes import started_by, why_not
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slimlab.comm.clocks import VirtualClock, WallClock
 from slimlab.comm.collectives import ALGORITHMS, ring_all_reduce
@@ -11,7 +15,7 @@ from slimlab.comm.launch import run_ranks
 from slimlab.comm.links import Wire
 from slimlab.comm.network import DialledCommunicator, Network, dialled
 from slimlab.comm.ports import Lane
-from slimlab.comm.report import MismatchError
+from slimlab.comm.report import DeadlockError, MismatchError
 from slimlab.comm.trace import TracedCommunicator, traced
 from slimlab.config import InputError
 from slimlab.plan.alpha_beta import Link, alpha_beta_s
@@ -310,6 +314,11 @@ def test_ranks_that_meet_in_different_collectives_are_told_apart():
         run_ranks(dialled(program, PLAIN), 2)
 
 
+def test_a_deadlock_on_a_dialled_network_names_the_lines_of_the_program():
+    with pytest.raises(DeadlockError, match=r"recv\(src=1, tag=0\).*comm.recv\(1 - comm.rank\)"):
+        run_ranks(dialled(lambda comm: comm.recv(1 - comm.rank), PLAIN), 2)
+
+
 def test_a_trace_on_a_dialled_network_shows_its_seconds():
     def program(comm):
         comm.compute(2.0)
@@ -367,6 +376,24 @@ def test_a_lane_carries_one_message_at_a_time_and_fills_gaps():
     assert lane.take(20.0, 0.0) == 20.0
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=30),
+    st.sampled_from([1.0, 0.1, 1e-6]),
+)
+def test_a_lane_never_carries_two_messages_and_wastes_no_gap(wishes, unit):
+    lane, busy = Lane(), []
+    for earliest, length in wishes:
+        start_s = lane.take(earliest * unit, length * unit)
+        slot = (round(start_s / unit), round(start_s / unit) + length)
+        free = [
+            first
+            for first in range(earliest, 1000)
+            if not any(first < end and begin < first + max(length, 1) for begin, end in busy)
+        ]
+        assert slot[0] == free[0] or (length == 0 and slot[0] in [end for _, end in busy])
+        busy += [slot] if length else []
+
+
 def test_a_real_clock_sleeps_and_a_virtual_one_never_goes_back():
     virtual = VirtualClock(5.0)
     virtual.advance_to(3.0)
@@ -415,6 +442,13 @@ def test_a_network_is_dialled_before_it_is_traced():
         run_ranks(program, 1)
 
 
+def test_only_programs_are_dialled_and_only_on_networks():
+    with pytest.raises(InputError, match="network: a Network"):
+        dialled(print, 1e-3)
+    with pytest.raises(InputError, match="program: a function"):
+        dialled(PLAIN, PLAIN)
+
+
 def test_negative_computing_is_refused():
     with pytest.raises(Exception, match="seconds"):
         run_ranks(dialled(lambda comm: comm.compute(-1.0), PLAIN), 1)
@@ -426,3 +460,46 @@ def test_a_label_without_a_trace_does_nothing():
             comm.barrier()
 
     assert clocks_of(program, 1) == [0.0]
+
+
+def run_on(runtime, program, world_size):
+    reason = why_not(runtime)
+    if reason is not None:
+        pytest.skip(reason)
+    with started_by(runtime) as backend:
+        return run_ranks(program, world_size, backend=backend)
+
+
+def real_time(comm):
+    """Seconds of a ping-pong of 1000 bytes, of two messages in a row, and of a collective."""
+    payload, times = torch.ones(250), []
+    for count in (1, 2):
+        comm.barrier()
+        begin_s = time.perf_counter()
+        if comm.rank == 0:
+            for _ in range(count):
+                comm.send(payload, 1)
+            comm.recv(1)
+        else:
+            for _ in range(count):
+                comm.recv(0)
+            comm.send(payload, 0)
+        times.append(time.perf_counter() - begin_s)
+    begin_s = time.perf_counter()
+    total = comm.all_reduce(payload, async_op=True).wait()
+    comm.compute(0.02)
+    times.append(time.perf_counter() - begin_s)
+    return times, total.sum().item()
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_processes_wait_at_least_as_long_as_was_dialled(runtime):
+    network = Network(0.02, 1e5)
+    results = run_on(runtime, dialled(real_time, network), 2)
+    (once_s, twice_s, sum_s), total = results[0].result
+    assert total == 500.0
+    assert once_s >= 2 * (0.02 + 0.01)
+    assert twice_s >= 2 * (0.02 + 0.01) + 0.01
+    assert sum_s >= 2 * (0.02 + 0.005) + 0.02
+    assert [one.total_bytes("send") for one in results.ledgers] == [3000, 2000]
+    assert results[0].clock_s >= once_s + twice_s + sum_s

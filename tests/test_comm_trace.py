@@ -1,14 +1,17 @@
 """A trace holds what a program sent, from rank to rank, and when; its file opens in a viewer."""
 
 import json
+import time
 
 import pytest
 import torch
+from comm_runtimes import started_by, why_not
 
-from slimlab.comm.clocks import ClockOffset
+from slimlab.comm.clocks import ClockOffset, align_clocks
 from slimlab.comm.collectives import ALGORITHMS, ring_all_reduce
 from slimlab.comm.events import Event, Message, from_record, steps_of, to_record
 from slimlab.comm.launch import run_ranks
+from slimlab.comm.report import MismatchError
 from slimlab.comm.trace import Trace, TracedCommunicator, gather_trace, traced
 from slimlab.config import InputError
 from slimlab.plan.alpha_beta import cost_of
@@ -201,6 +204,20 @@ def test_only_the_traced_communicator_of_the_world_has_a_trace():
         run_ranks(lambda comm: gather_trace(TracedCommunicator(comm).split(0)), 2)
 
 
+def test_a_rank_that_skips_a_collective_is_found_when_the_trace_is_gathered():
+    def program(comm):
+        if comm.rank:
+            comm.barrier()
+
+    with pytest.raises(MismatchError, match=r"0     gather_trace\(\)"):
+        trace_of(program, 2)
+
+
+def test_only_programs_are_traced():
+    with pytest.raises(InputError, match="program: a function"):
+        traced("program")
+
+
 def test_charging_time_needs_a_dialled_network():
     with pytest.raises(Exception, match="compute: a rank on a dialled network"):
         run_ranks(lambda comm: TracedCommunicator(comm).compute(1.0), 1)
@@ -336,3 +353,54 @@ def test_a_trace_without_events_is_one():
     assert isinstance(trace, Trace)
     assert trace.end_s == 0.0
     assert trace.bytes.tolist() == [[0, 0], [0, 0]]
+
+
+def run_on(runtime, program, world_size):
+    reason = why_not(runtime)
+    if reason is not None:
+        pytest.skip(reason)
+    with started_by(runtime) as backend:
+        return run_ranks(program, world_size, backend=backend)
+
+
+def skewed_offsets(comm):
+    """How far the clocks seem apart, if each rank's is 5 s before that of the rank before it."""
+    offset = align_clocks(comm, lambda: time.perf_counter() + 5.0 * comm.rank)
+    return offset.offset_s, offset.uncertainty_s
+
+
+def chain(comm):
+    """Rank after rank sends on what it has received; then a collective, and a group's message."""
+    if comm.rank:
+        comm.recv(comm.rank - 1)
+    if comm.rank + 1 < comm.world_size:
+        comm.send(torch.ones(3), comm.rank + 1)
+    comm.all_reduce(torch.ones(2))
+    group = comm.split(0, key=-comm.rank)
+    group.sendrecv(torch.ones(5), (group.rank + 1) % 3, (group.rank - 1) % 3)
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_clocks_of_processes_are_aligned_within_what_is_said(runtime):
+    for rank, (offset_s, uncertainty_s) in enumerate(run_on(runtime, skewed_offsets, 3)):
+        # All ranks of one machine read the same clock.
+        assert abs(offset_s + 5.0 * rank) <= uncertainty_s < 1.0
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_processes_are_traced_as_threads_are(runtime):
+    results = run_on(runtime, traced(chain), 3)
+    trace, expected = results[0].trace, trace_of(chain, 3)
+    assert torch.equal(trace.bytes, expected.bytes)
+    assert torch.equal(trace.messages, expected.messages)
+    kinds = [(one.rank, one.call, one.n_bytes, one.sent, one.received) for one in trace.events]
+    assert kinds == [
+        (one.rank, one.call, one.n_bytes, one.sent, one.received) for one in expected.events
+    ]
+    assert [one.total_bytes() for one in results.ledgers] == [60, 72, 60]
+    left = {one.sent.key: one for one in trace.events if one.sent}
+    for event in trace.events:
+        if event.received:
+            doubt_s = trace.offsets[event.rank].uncertainty_s
+            doubt_s += trace.offsets[event.received.peer].uncertainty_s
+            assert event.end_s >= left[event.received.key].begin_s - doubt_s

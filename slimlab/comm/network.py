@@ -29,7 +29,6 @@ Chapter 07 dials. Real networks share wires between ranks, lose packets, and are
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial, update_wrapper
 from math import inf
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ from slimlab.comm.collectives_direct import (
 )
 from slimlab.comm.links import Network, Wire
 from slimlab.comm.ports import Port, SentStamps, SharedStamps
-from slimlab.comm.wrapped import WrappedCommunicator, bytes_of, quiet_twin
+from slimlab.comm.wrapped import WrappedCommunicator, bytes_of, quiet_twin, wrapped_program
 from slimlab.config import check_number, require
 
 
@@ -224,7 +223,9 @@ class DialledCommunicator(WrappedCommunicator):
         # The runtime's barrier compares the calls of the ranks; it takes no time on virtual clocks.
         self._inner._barrier(call)
         if self._carrier is None:
-            self._carrier = DialledCommunicator(quiet_twin(self._inner), self.network, _parent=self)
+            self._carrier = DialledCommunicator(
+                quiet_twin(self._inner, "dialled collective"), self.network, _parent=self
+            )
         if not self.has_virtual_clock:
             return algorithm(self._carrier, *arguments, **options)
         # What travels while the rank computes has a clock of its own until it is waited for.
@@ -238,7 +239,7 @@ class DialledCommunicator(WrappedCommunicator):
 
 def _common_clock(comm: Communicator) -> WallClock:
     """Make a clock that shows 0 at the same moment on every rank."""
-    twin = quiet_twin(comm)
+    twin = quiet_twin(comm, "common clock")
     offset_s = align_clocks(twin, time.perf_counter).offset_s
     now = torch.tensor(time.perf_counter(), dtype=torch.float64, device=comm.device)
     return WallClock(twin.broadcast(now).item() - offset_s)
@@ -264,8 +265,16 @@ def dialled(program: Callable, network: Network) -> Callable:
     program  a function of a communicator and further arguments
     network  the network it is to run on
     returns  a function of the same arguments, which returns Timed(result, clock_s)
+
+    Raises InputError if program is no function, or network no Network.
     """
-    return update_wrapper(partial(_run_dialled, program, network), program)
+    require(
+        isinstance(network, Network),
+        "network: a Network",
+        f"network = {network!r}",
+        "write dialled(program, Network(50e-6, 1e9))",
+    )
+    return wrapped_program(_run_dialled, program, network)
 
 
 def _run_dialled(program: Callable, network: Network, comm: Communicator, *args) -> Timed:

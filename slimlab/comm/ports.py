@@ -104,7 +104,7 @@ class SentStamps:
     """
 
     def __init__(self, comm: Communicator):
-        self._twin = quiet_twin(comm)
+        self._twin = quiet_twin(comm, "DialledCommunicator")
 
     def send(self, leaves_s: float, dst: int, tag: int) -> Handle:
         """Say when the next message leaves; `leaves_s`, `dst`, `tag` as in SharedStamps.send."""

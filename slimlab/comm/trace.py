@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial, update_wrapper
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from slimlab.comm.calls import Call, Handle
 from slimlab.comm.clocks import ClockOffset, align_clocks
 from slimlab.comm.events import Event, Message, from_record, to_record
 from slimlab.comm.trace_data import Trace
-from slimlab.comm.wrapped import WrappedCommunicator, bytes_of, quiet_twin
+from slimlab.comm.wrapped import WrappedCommunicator, bytes_of, quiet_twin, wrapped_program
 from slimlab.config import require
 
 
@@ -199,7 +198,7 @@ def gather_trace(comm: TracedCommunicator) -> Trace | None:
         f"{comm!r}" + (" of a group" if isinstance(comm, TracedCommunicator) else ""),
         "write comm = TracedCommunicator(comm) first in the program, and gather_trace(comm) last",
     )
-    twin = quiet_twin(comm)
+    twin = quiet_twin(comm, "gather_trace")
     offset = align_clocks(twin, lambda: comm.clock_s)
     own = {"events": [to_record(event) for event in comm.events], "clock": asdict(offset)}
     texts = _gather_texts(twin, json.dumps(own))
@@ -234,8 +233,10 @@ def traced(program: Callable) -> Callable:
 
     program  a function of a communicator and further arguments
     returns  a function of the same arguments, which returns Traced(result, trace)
+
+    Raises InputError if program is no function.
     """
-    return update_wrapper(partial(_run_traced, program), program)
+    return wrapped_program(_run_traced, program)
 
 
 def _run_traced(program: Callable, comm: Communicator, *args) -> Traced:

@@ -9,6 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial, update_wrapper
 
 from torch import Tensor
 
@@ -142,18 +143,40 @@ def runtime_of(comm: Communicator) -> Communicator:
     return comm
 
 
-def quiet_twin(comm: Communicator) -> Communicator:
+def quiet_twin(comm: Communicator, purpose: str) -> Communicator:
     """Make a communicator among the same ranks whose messages mix with no others.
 
     comm     any
+    purpose  what it is for, as tables show it if a rank does not come
     returns  the runtime's own, unwrapped, with a ledger of its own: what it moves stands in none
              that a program sees
 
     Communicates: one split.
     """
-    twin = runtime_of(comm).split(0, comm.rank)
+    call = Call(purpose, group=comm._group)
+    with comm.progress.inside(call):
+        twin = runtime_of(comm)._split(call, 0, comm.rank)
     twin.ledger = PayloadLedger()
     return twin
+
+
+def wrapped_program(run: Callable, program: Callable, *options) -> Callable:
+    """Make a program that runs another one inside of a wrapped communicator.
+
+    run      called as run(program, *options, comm, *args)
+    program  a function of a communicator and args
+    options  what run needs besides
+    returns  a function of a communicator and the same args
+
+    Raises InputError if program is no function.
+    """
+    require(
+        callable(program),
+        "program: a function whose first argument is a communicator",
+        f"program = {program!r}",
+        "give the function itself, not the result of a call",
+    )
+    return update_wrapper(partial(run, program, *options), program)
 
 
 def bytes_of(tensor: Tensor | None) -> int:
