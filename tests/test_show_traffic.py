@@ -52,7 +52,7 @@ def arrows_of(figure):
 def test_cells_of_the_matrix_hold_what_was_sent_and_the_others_nothing():
     axes = show.bytes_figure(torch.tensor(MATRIX), "who to whom").axes[0]
     written = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
-    assert written == {(0, 1): "300", (1, 2): "120 k", (2, 0): "5"}
+    assert written == {(0, 1): "300", (1, 2): "120,000", (2, 0): "5"}
     values = axes.images[0].get_array()
     assert numpy.ma.filled(values, 0).tolist() == MATRIX
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("to rank", "from rank")
@@ -64,7 +64,9 @@ def test_the_scale_of_the_matrix_says_what_it_counts():
     assert figure.axes[1].get_ylabel() == "messages"
 
 
-def test_a_matrix_of_many_ranks_has_no_numbers():
+def test_a_matrix_of_more_ranks_has_short_numbers_and_of_many_none():
+    nine = torch.full((9, 9), 400_040)
+    assert texts(show.bytes_figure(nine).axes[0]) == {"400 k"}
     assert texts(show.bytes_figure(torch.ones(24, 24)).axes[0]) == set()
 
 

@@ -28,7 +28,7 @@ from slimlab.show.style import (
     to_array,
 )
 
-MAX_NUMBERED_RANKS = 12
+MAX_NUMBERED_RANKS, MAX_EXACT_RANKS = 12, 8
 
 
 def bytes_figure(
@@ -39,8 +39,8 @@ def bytes_figure(
     matrix       (world_size, world_size)  row src, column dst, as trace.bytes or trace.messages
     title        printed above
     value_label  what is counted, with its unit
-    returns      the figure; cells carry their number where there are at most 12 ranks; nothing was
-                 sent where a cell is empty
+    returns      the figure; nothing was sent where a cell is empty; the others carry their number
+                 where there are at most 12 ranks, to the last digit where there are at most 8
 
     Raises InputError for a matrix that is not square.
     """
@@ -53,7 +53,8 @@ def bytes_figure(
     )
     world_size = len(values)
     numbered = world_size <= MAX_NUMBERED_RANKS
-    longest = max(len(short_number(value)) for value in values.flat)
+    written = "{:,.0f}".format if world_size <= MAX_EXACT_RANKS else short_number
+    longest = max(len(written(value)) for value in values.flat)
     cell = max(0.42, 0.14 + 0.075 * longest) if numbered else 4.0 / world_size
     size = world_size * cell
     figure, axes = new_figure(figsize=(max(size, 2.0) + 1.9, max(size, 2.0) + 0.9))
@@ -64,16 +65,15 @@ def bytes_figure(
     for (src, dst), value in numpy.ndenumerate(values):
         if numbered and value > 0:
             colour = "white" if value > 0.6 * top else "black"
-            text = short_number(value)
-            axes.text(dst, src, text, ha="center", va="center", color=colour, fontsize=8)
+            look = {"ha": "center", "va": "center", "color": colour, "fontsize": 8}
+            axes.text(dst, src, written(value), **look)
     for axis, name in ((axes.xaxis, "to rank"), (axes.yaxis, "from rank")):
         axis.set_ticks(range(0, world_size, max(1, -(-world_size // 12))))
         axis.set_label_text(name)
     axes.tick_params(length=0)
     axes.grid(False)
     axes.set_title(title)
-    ticks = FuncFormatter(lambda value, _: short_number(value))
-    figure.colorbar(image, ax=axes, label=value_label, fraction=0.05, format=ticks)
+    figure.colorbar(image, ax=axes, label=value_label, fraction=0.05, format="{x:,.0f}")
     return figure
 
 
