@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import common, tokenizer, training_step
 from benchmarks.common import Comparison, compare, median_interval, quartiles, table, take_turns
+from slimlab.comm import launch
 from slimlab.config import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,23 @@ def test_the_training_step_benchmark_reports_in_its_form(capsys):
     for row_of_parts in zip(*(row["ours_s"] for row in report["results"])):
         whole, *parts = row_of_parts
         assert sum(parts) <= whole
+
+
+@pytest.mark.parametrize("runtime", ["mpi", "gloo"])
+def test_the_benchmark_of_collectives_reports_in_its_form(runtime):
+    if runtime == "mpi" and (reason := launch.why_not("mpi")):
+        pytest.skip(reason)
+    options = ["--runtime", runtime, "--allocator", "keeps", "--sizes", "1024"]
+    report = json.loads(run("collectives", *options, "--rounds", "2", "--json"))
+    allocator = "keeps" if runtime == "mpi" else "default"
+    tasks = [
+        f"{runtime}, {allocator}, 1 KiB {name}, {messages}"
+        for messages in ("bare", "communicator")
+        for name in ("ring", "Rabenseifner", "doubling")
+    ]
+    check_form(report, "collectives", tasks, rounds=2)
+    assert report["settings"]["ranks"] == 2
+    assert "MALLOC_MMAP_THRESHOLD_=" in report["settings"]["keeps"]
 
 
 def test_both_models_have_the_same_parameters_and_stay_equal_while_they_learn():
