@@ -4,7 +4,7 @@ Chapter 07 uses it through slimlab.comm.mpi. Addresses come from data_ptr(). ten
 give one too, but then torch never resizes that storage again, and sharded training frees a
 parameter's memory by resizing it to nothing. Importing this module starts MPI.
 
-Production libraries that speak MPI (Horovod's, DeepSpeed's MPI backends) pass addresses as well.
+torch.distributed's MPI backend passes data_ptr() too; torch must be built from source to have it.
 """
 
 import ctypes

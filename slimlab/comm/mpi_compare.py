@@ -66,11 +66,25 @@ class Comparison:
         Raises MismatchError, the same on every rank, if calls differ.
         """
         while self._num_begun - len(self._begun) < number:
-            request, numbers, call, where = self._begun.popleft()
-            self._transport.wait(request)
-            low, high = numbers.tolist()
-            if low != -high:
-                self._agreement.explain(call, where)
+            self._transport.wait(self._begun[0][0])
+            self._compare_first()
+
+    def is_settled(self, number: int) -> bool:
+        """Tell, without waiting, whether the comparison of a started call is finished.
+
+        number  what begin returned
+
+        Raises MismatchError, the same on every rank, if calls differ.
+        """
+        while self._begun and self._begun[0][0].Test():
+            self._compare_first()
+        return self._num_begun - len(self._begun) >= number
+
+    def _compare_first(self) -> None:
+        _, numbers, call, where = self._begun.popleft()
+        low, high = numbers.tolist()
+        if low != -high:
+            self._agreement.explain(call, where)
 
     def _start(self, numbers: Tensor) -> MPI.Request:
         args = MPI.IN_PLACE, reduced(numbers), MPI.MIN

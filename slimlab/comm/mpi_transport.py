@@ -104,11 +104,29 @@ class Transport:
 
         request  what start returned
         """
+        if self.sleeps or self.queues:
+            self.look_until(request.Test)
+            return
         try:
-            if self.sleeps or self.queues:
-                self._look_until(request.Test)
-            else:
-                request.Wait()
+            request.Wait()
+        except MPI.Exception as error:
+            raise self._failure(error) from error
+
+    def look_until(self, done: Callable[[], bool]) -> None:
+        """Look again and again, after started receives too, and sleep in between.
+
+        done  looks, and tells whether what the rank waits for is done
+        """
+        polls, pause_s = 0, FIRST_SLEEP_S
+        most = POLLS_BEFORE_SLEEP if self.sleeps else POLLS_WITH_A_CORE
+        try:
+            while not done():
+                if self.queues:
+                    self.look_after_receives()
+                polls += 1
+                if polls > most:
+                    time.sleep(pause_s)
+                    pause_s = min(pause_s * SLEEP_GROWTH, LONGEST_SLEEP_S)
         except MPI.Exception as error:
             raise self._failure(error) from error
 
@@ -121,28 +139,11 @@ class Transport:
             if not queue:
                 del self.queues[key]
 
-    def _look_until(self, done: Callable[[], bool]) -> None:
-        polls, pause_s = 0, FIRST_SLEEP_S
-        most = POLLS_BEFORE_SLEEP if self.sleeps else POLLS_WITH_A_CORE
-        while not done():
-            if self.queues:
-                self.look_after_receives()
-            polls += 1
-            if polls > most:
-                time.sleep(pause_s)
-                pause_s = min(pause_s * SLEEP_GROWTH, LONGEST_SLEEP_S)
-
     def _failure(self, error: MPI.Exception) -> CommunicationError:
-        change = (
-            "see what MPI says; a rank that has ended, or a host out of memory, looks like this"
-        )
-        if error.Get_error_class() == MPI.ERR_TRUNCATE:
-            change = (
-                "let all ranks bring as many elements; with check=True ranks are compared before "
-                "data moves"
-            )
         return CommunicationError(
-            f"MPI failed on rank {self.rank} in {self.progress.call}: {error}\nchange: {change}"
+            f"MPI failed on rank {self.rank} in {self.progress.call}: {error}\n"
+            "change: see what MPI says; ranks that bring different numbers of elements look like "
+            "this with check=False, and check=True names them"
         )
 
 
