@@ -84,10 +84,10 @@ class TorchCommunicator(Communicator):
             self._free()
 
     def _send(self, call, tensor, dst, tag):
-        self._port.isend(tensor, dst, tag).wait()
+        self._port.send(tensor, dst, tag)
 
     def _recv(self, call, src, tag, out):
-        return self._port.irecv(src, tag, out).finish()
+        return self._port.recv(src, tag, out)
 
     def _isend(self, call, tensor, dst, tag):
         return self._port.isend(tensor, dst, tag)
@@ -97,7 +97,7 @@ class TorchCommunicator(Communicator):
 
     def _sendrecv(self, call, tensor, dst, src, tag, out):
         sent = self._port.isend(tensor, dst, tag)
-        received = self._port.irecv(src, tag, out).finish()
+        received = self._port.recv(src, tag, out)
         sent.wait()
         return received
 
@@ -182,7 +182,7 @@ class TorchCommunicator(Communicator):
     def _gather(self, call, tensor, dst, sizes, out):
         self._comparison.check(call)
         if self.rank != dst:
-            self._port.isend(tensor, dst, GATHER_TAG).wait()
+            self._port.send(tensor, dst, GATHER_TAG)
             return None
         whole = space_for(tensor, (sum(sizes), *tensor.shape[1:]), out)
         parts = whole.split(sizes)
@@ -204,7 +204,7 @@ class TorchCommunicator(Communicator):
             for handle in sent:
                 handle.wait()
             return part if out is None else out
-        part = self._port.irecv(src, SCATTER_TAG, None).finish(None if out is None else out.device)
+        part = self._port.recv(src, SCATTER_TAG, None, None if out is None else out.device)
         check_out(call.name, out, part.shape, part)
         return part if out is None else delivered(part, out.detach(), out)
 

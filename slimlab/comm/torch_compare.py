@@ -121,7 +121,7 @@ class Comparison:
     def close(self) -> None:
         """End the thread, if there is one."""
         if self._starter is not None:
-            self._starter.shutdown()
+            self._starter.shutdown(wait=False)  # after a failure it may wait for long
 
     def _compare_and_start(
         self, call: Call, where: Position | None, start: Callable[[], dist.Work]

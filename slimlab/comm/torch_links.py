@@ -9,6 +9,7 @@ Production programs let torch.distributed keep the groups.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -97,6 +98,7 @@ def connect_world(
         "choose one of these names",
     )
     device = torch.device("cpu") if backend == "gloo" else own_gpu(local_rank)
+    hook = sys.excepthook
     try:
         dist.init_process_group(
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
@@ -114,6 +116,8 @@ def connect_world(
             "change: look first at what the other ranks say. Where a machine has several networks, "
             "name the one to use: GLOO_SOCKET_IFNAME=eth0"
         ) from error
+    finally:
+        sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
     calm_gloo()
     gloo, nccl = (
         None if kind == "cuda" and backend == "gloo" else dist.group.WORLD._get_backend(kind)

@@ -46,7 +46,7 @@ class Lookout:
 
         wait  waits, in gloo
         """
-        if not self._others():
+        if not self.queues or not self._others():
             wait()
             return
         if self._waiter is None:
@@ -70,7 +70,7 @@ class Lookout:
     def close(self) -> None:
         """End the thread, if there is one."""
         if self._waiter is not None:
-            self._waiter.shutdown()
+            self._waiter.shutdown(wait=False)  # after a failure it may wait for long
 
     def _others(self) -> list[Queue]:
         return [queue for queue in self.queues.values() if not queue.watched]
