@@ -20,7 +20,7 @@ SETTLE_S = 0.05
 # An error that only tells that another rank has gone waits so long for the reason.
 CONSEQUENCE_S = 1.0
 # So long all ranks of a deadlock must have stood still, longer where a message may be on its way.
-STILL_S, STILL_WITH_SENDS_S = 1.0, 3.0
+STILL_S, STILL_WITH_SENDS_S = 1.0, 2.0
 # Reports older than this say nothing about now.
 FRESH_S = 0.7
 
@@ -57,6 +57,7 @@ class Board:
         self.hellos: dict[int, dict] = {}
         self.results: dict[int, bytes] = {}
         self.farewells: set[int] = set()
+        self.interrupted = False
         self.raised: dict[int, tuple[float, dict, bytes]] = {}
         self.ended: dict[int, tuple[float, str]] = {}
 
@@ -93,6 +94,7 @@ class Board:
         elif kind == "farewell":
             one.state = "has finished"
             self.farewells.add(rank)
+            self.interrupted = self.interrupted or words["interrupted"]
 
     def note_end(self, rank: int, how: str, now_s: float) -> None:
         """Note that a rank's process is gone.
@@ -101,8 +103,11 @@ class Board:
         how    "was killed by signal 9 (SIGKILL)" and the like
         now_s  time.monotonic()
         """
-        if rank not in self.ended and rank not in self.farewells and rank not in self.raised:
-            self.ended[rank] = now_s, how
+        if rank in self.ended or rank in self.farewells or rank in self.raised:
+            return
+        self.ended[rank] = now_s, how
+        for channel in self.channels.values():
+            channel.send("report")  # the table is to show where the others stand now
 
     def verdict(self, now_s: float) -> Verdict | None:
         """Say what went wrong, or None as long as all goes well.
@@ -113,9 +118,34 @@ class Board:
             self._verdict_of_raised(now_s)
             or self._verdict_of_ended(now_s)
             or self._verdict_of_consequence(now_s)
-            or self._verdict_of_deadlock(now_s)
+            or self.deadlock(now_s)
             or self._verdict_of_waiting(now_s)
         )
+
+    def deadlock(self, now_s: float, *, last_chance: bool = False) -> Verdict | None:
+        """Say which ranks wait for what can no longer come, or None if none does.
+
+        now_s        time.monotonic()
+        last_chance  the run is over anyway, so that sends need not stand still longer
+        """
+        stuck = stuck_ranks(self.standings)
+        if not stuck:
+            return None
+        sends = any(one.by_send for one in stuck.values()) and not last_chance
+        needed_s = STILL_WITH_SENDS_S if sends else STILL_S
+        for rank in stuck:
+            one = self.standings[rank]
+            if now_s - one.heard_s > FRESH_S or now_s - one.since_s < needed_s:
+                return None
+        going = [rank for rank, one in enumerate(self.standings) if one.going_on]
+        which = "every rank that has not finished waits"
+        if len(stuck) < len(going):
+            which = f"rank {', '.join(map(str, stuck))} wait{'s' * (len(stuck) == 1)}"
+        hints = [one.text for one in stuck.values()]
+        hints += [hint for rank in stuck for hint in mail_hints(rank, self.standings)]
+        table = standings_table(self.standings, now_s)
+        message = f"deadlock: {which} for what can no longer come\n{table}\n"
+        return Verdict("deadlock", message + "\n".join(dict.fromkeys(hints)))
 
     def table(self, now_s: float) -> str:
         """Tabulate what every rank does, and name the odd ones.
@@ -139,7 +169,8 @@ class Board:
 
     def _raised(self, rank: int, now_s: float) -> Verdict:
         _, words, blob = self.raised[rank]
-        message = f"rank {rank} raised {words['error']}\nat {words['line']}"
+        message = words["error"] if words["ours"] else f"rank {rank} raised {words['error']}"
+        message += "" if words["ours"] else f"\nat {words['line']}"
         return Verdict("raised", message, rank, words["type"], blob)
 
     def _verdict_of_ended(self, now_s: float) -> Verdict | None:
@@ -147,30 +178,10 @@ class Board:
             return None
         rank = min(self.ended, key=lambda one: self.ended[one][0])
         one, how = self.standings[rank], self.ended[rank][1]
-        one.line = "" if one.state == "starts" else one.line
-        seen = one.doing(one.heard_s) + (f" at {one.line}" if one.line else "")
-        one.state = "has ended"
+        seen = one.doing(one.heard_s) + (f", {one.line}" if one.state != "starts" else "")
+        one.state, one.line = "has ended", ""
         message = f"rank {rank} {how} before its program had finished; last seen: {seen}"
-        return Verdict("ended", f"{message}\n{self.table(now_s)}", rank)
-
-    def _verdict_of_deadlock(self, now_s: float) -> Verdict | None:
-        stuck = stuck_ranks(self.standings)
-        if not stuck:
-            return None
-        needed_s = STILL_WITH_SENDS_S if any(one.by_send for one in stuck.values()) else STILL_S
-        for rank in stuck:
-            one = self.standings[rank]
-            if now_s - one.heard_s > FRESH_S or now_s - one.since_s < needed_s:
-                return None
-        going = [rank for rank, one in enumerate(self.standings) if one.going_on]
-        which = "every rank that has not finished waits"
-        if len(stuck) < len(going):
-            which = f"rank {', '.join(map(str, stuck))} wait{'s' * (len(stuck) == 1)}"
-        hints = [one.text for one in stuck.values()]
-        hints += [hint for rank in stuck for hint in mail_hints(rank, self.standings)]
-        table = standings_table(self.standings, now_s)
-        message = f"deadlock: {which} for what can no longer come\n{table}\n"
-        return Verdict("deadlock", message + "\n".join(dict.fromkeys(hints)))
+        return Verdict("ended", f"{message}\n{standings_table(self.standings, now_s)}", rank)
 
     def _verdict_of_waiting(self, now_s: float) -> Verdict | None:
         if self.timeout_s is None:

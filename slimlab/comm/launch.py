@@ -73,32 +73,12 @@ def run_ranks(
     that this machine does not have.
     """
     _check_program(program, args)
-    check_choice("backend", backend, BACKENDS)
-    check_size("world_size", world_size)
-    limit = MAX_THREAD_RANKS if backend == "threads" else MAX_PROCESS_RANKS
-    require(
-        world_size <= limit,
-        f"at most {limit} ranks" + " in one process" * (backend == "threads"),
-        f"world_size = {world_size}",
-        "use fewer ranks: the lesson of a collective shows with 8",
-    )
-    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    require(
-        number and 0 < timeout_s <= threading.TIMEOUT_MAX,
-        "timeout_s: a positive number of seconds",
-        f"timeout_s = {timeout_s!r}",
-        "run_ranks always returns, so it needs a limit; 60 is the default",
-    )
+    _check_numbers(world_size, backend, timeout_s, eager_bytes)
     if backend == "threads":
         run = run_in_threads(program, world_size, timeout_s, tuple(args), eager_bytes)
-        return RankResults(*run)
-    require(
-        eager_bytes is None,
-        "eager_bytes with threads only",
-        f"eager_bytes = {eager_bytes!r} with backend = {backend!r}",
-        "leave it out: MPI and gloo have limits of their own",
-    )
-    return RankResults(*_run_processes(program, world_size, backend, timeout_s, tuple(args), check))
+    else:
+        run = _run_processes(program, world_size, backend, timeout_s, tuple(args), check)
+    return RankResults(*run)
 
 
 def why_not(backend: str, world_size: int = 1) -> str | None:
@@ -155,6 +135,31 @@ def _run_processes(program, world_size, backend, timeout_s, args, check) -> tupl
     start = process_ranks.fork_ranks if forks else process_ranks.spawn_ranks
     with process_ranks.meeting_place() as task.port:
         return run_in_processes(task, start)
+
+
+def _check_numbers(world_size, backend, timeout_s, eager_bytes) -> None:
+    check_choice("backend", backend, BACKENDS)
+    check_size("world_size", world_size)
+    limit = MAX_THREAD_RANKS if backend == "threads" else MAX_PROCESS_RANKS
+    require(
+        world_size <= limit,
+        f"at most {limit} ranks" + " in one process" * (backend == "threads"),
+        f"world_size = {world_size}",
+        "use fewer ranks: the lesson of a collective shows with 8",
+    )
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    require(
+        number and 0 < timeout_s <= threading.TIMEOUT_MAX,
+        "timeout_s: a positive number of seconds",
+        f"timeout_s = {timeout_s!r}",
+        "run_ranks always returns, so it needs a limit; 60 is the default",
+    )
+    require(
+        eager_bytes is None or backend == "threads",
+        "eager_bytes with threads only",
+        f"eager_bytes = {eager_bytes!r} with backend = {backend!r}",
+        "leave it out: MPI and gloo have limits of their own",
+    )
 
 
 def _check_program(program: Callable, args: tuple) -> None:

@@ -13,6 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from slimlab.comm.channel import Channel
@@ -75,10 +76,12 @@ class RankProcess:
 class Run:
     """All processes of one run.
 
-    ranks  the caller's view of them, in rank order
+    ranks  the caller's view of them, by rank
+    after  what is left to do once they have ended
     """
 
     ranks: dict[int, RankProcess] = field(default_factory=dict)
+    after: ExitStack = field(default_factory=ExitStack)
 
     def add(self, rank: int) -> tuple[RankProcess, Lines]:
         """Make the lines for one more rank.
@@ -130,6 +133,7 @@ class Run:
             one.channel.close()
             for output in one.outputs:
                 output.close()
+        self.after.close()
 
     def show(self) -> None:
         """Show what the ranks have written, in rank order."""

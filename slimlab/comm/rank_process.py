@@ -127,15 +127,18 @@ def _die_with(parent: int) -> None:
 
 def _run(task: Task, rank: int, lines: Lines) -> None:
     watch = Watch(Channel(socket.socket(fileno=lines.channel)), rank, must_last=True)
+    line = None
     try:
         comm = _connect(task, rank, watch)
         result = task.program(comm, *task.args)
+        line = "the end of its program"
         comm.close()
         blob = _packed((result, comm.ledger), rank)
     except BaseException as error:  # sys.exit() too: nobody else would say a word of it
         _flush()
-        watch.raised(error, traceback.format_exc(), _packed_error(error))
-        watch.wait_for_end()
+        text = traceback.format_exc()
+        watch.raised(error, text, _packed_error(error), line)
+        watch.wait_for_end(text)
     _flush()
     watch.finished(blob)
     if task.backend == "mpi":

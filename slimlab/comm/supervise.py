@@ -59,10 +59,11 @@ def error_of(verdict: Verdict, board: Board) -> BaseException:
     wrapped = RankError(verdict.rank, verdict.message)
     if verdict.kind == "ended":
         return wrapped
-    _, words, blob = board.raised[verdict.rank]
+    words, blob = board.raised[verdict.rank][1:]
     cause = unpack(blob) if blob else None
     # What all ranks have found out together needs no rank, nor does a rank that could not connect.
-    if isinstance(cause, CommunicationError) or (isinstance(cause, InputError) and words["starts"]):
+    together = words["ours"] and isinstance(cause, CommunicationError)
+    if together or (words["starts"] and isinstance(cause, InputError)):
         return cause
     if cause is None:
         return RankError(verdict.rank, f"{verdict.message}\n{words['traceback']}")
@@ -92,7 +93,7 @@ def watch_ranks(run: Run, board: Board, timeout_s: float) -> Verdict | None:
                 board.note_end(rank, one.ended, now_s)
         verdict = board.verdict(now_s)
         if verdict is None and now_s > deadline_s:
-            verdict = _timeout(board, timeout_s, now_s)
+            verdict = board.deadlock(now_s, last_chance=True) or _timeout(board, timeout_s, now_s)
     return verdict
 
 

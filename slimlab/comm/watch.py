@@ -30,6 +30,8 @@ from slimlab.comm.standing import PERIOD_S
 
 # Counts are sent once a rank has stood still for so long: most calls are over by then.
 COUNTS_AFTER_S = 2 * PERIOD_S
+# Many programs go wrong at once; reports come more often in the beginning.
+FIRST_PERIOD_S = 0.01
 FAREWELL_S = 5.0
 
 
@@ -39,6 +41,7 @@ class Watch:
     channel    to the board
     rank       of the world
     must_last  end the process when the board is gone too, not only when what started it is gone
+    token      the secret by which a keeper knows its ranks
     end        ends the process
     """
 
@@ -48,6 +51,7 @@ class Watch:
         rank: int,
         *,
         must_last: bool,
+        token: str = "",
         end: Callable[[], None] = lambda: os._exit(1),
     ):
         self._channel, self._must_last, self._end = channel, must_last, end
@@ -56,34 +60,43 @@ class Watch:
         self._over = threading.Event()
         self._progress: Progress | None = None
         host = socket.gethostname()
-        channel.send("hello", rank=rank, pid=self._pid, host=host, memory=offer_stack())
+        channel.send(
+            "hello", rank=rank, pid=self._pid, host=host, memory=offer_stack(), token=token
+        )
         # A process that the program forks must not hold the line open when the rank has died.
         os.register_at_fork(after_in_child=channel.close)
         self._thread = threading.Thread(target=self._run, name="slimlab watch", daemon=True)
         self._thread.start()
 
     def begin(self, progress: Progress) -> None:
-        """Tell that the rank has connected and its program begins.
+        """Tell that the rank has connected, and its program begins.
 
         progress  of its communicator
         """
         self._progress = progress
         self._channel.send("row", **self._row())
 
-    def raised(self, error: BaseException, traceback: str, blob: bytes = b"") -> None:
+    def raised(
+        self, error: BaseException, traceback: str, blob: bytes = b"", line: str | None = None
+    ) -> None:
         """Tell that the program has raised.
 
         error      what
         traceback  of it, as text
         blob       the exception as bytes for run_ranks
+        line       where in the program; None: as the error says
         """
+        if line is None:
+            line = user_line(frames_of_traceback(error.__traceback__))
         self._channel.send(
             "raised",
             blob,
             error=message_of(error),
             type=type(error).__name__,
-            line=user_line(frames_of_traceback(error.__traceback__)),
+            line=line,
             traceback=traceback,
+            # Messages of communicators name rank and line themselves.
+            ours=isinstance(error, CommunicationError),
             # A communicator that has lost another rank says so with the plain class.
             starts=self._progress is None,
             consequence=type(error) is CommunicationError,
@@ -96,21 +109,31 @@ class Watch:
         """
         self._channel.send("result", blob)
 
-    def farewell(self) -> None:
-        """Tell that this rank ends as it should; nobody looks after it any more."""
+    def farewell(self, interrupted: bool = False) -> None:
+        """Tell that this rank ends as it should; nobody looks after it any more.
+
+        interrupted  by the keyboard, which all ranks of a launcher hear
+        """
         self._over.set()
-        self._channel.send("farewell")
+        self._channel.send("farewell", interrupted=interrupted)
         self._channel.close()
 
-    def wait_for_end(self) -> None:
-        """Wait until the board has said what went wrong and ends this process."""
+    def wait_for_end(self, text: str) -> None:
+        """Wait until the board has said what went wrong and ends this process.
+
+        text  what is to be said if nobody keeps the board any more
+        """
         self._thread.join(FAREWELL_S)
+        sys.stderr.write(text)
+        sys.stderr.flush()
         self._end()
 
     def _run(self) -> None:
+        period_s = FIRST_PERIOD_S
         while not self._over.is_set():
             self._channel.send("row", **self._row())
-            frames = self._channel.wait(PERIOD_S)
+            frames = self._channel.wait(period_s)
+            period_s = min(2 * period_s, PERIOD_S)
             gone = os.getppid() != self._parent or (self._must_last and not self._channel.open)
             if self._over.is_set():
                 return

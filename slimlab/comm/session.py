@@ -1,0 +1,71 @@
+"""How a rank that was started from outside ends: with the others, or saying what went wrong.
+
+A part of slimlab.comm.connect. An exception that nobody catches ends a Python program, but not the
+other ranks, which wait for it; so it is told to the keeper first, and all ranks end. A program that
+ends as it should waits for the others, so that a call that one rank has skipped is found.
+
+MPI's programs need MPI_Abort for the first, and know nothing of the second.
+"""
+
+import atexit
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from slimlab.comm.base import Communicator
+from slimlab.comm.watch import Watch
+
+LOCALHOST = "127.0.0.1"
+LATER_S = 30.0
+# What shells report of a program that Ctrl-C has ended.
+INTERRUPTED = 130
+
+
+def look_after(
+    comm: Communicator,
+    watch: Watch | None,
+    end_runtime: Callable[[], None],
+    end: Callable[[], None],
+) -> None:
+    """See to it that this rank ends with the others, whatever ends it.
+
+    comm         of this rank
+    watch        of this rank; None: there is none
+    end_runtime  ends what connects the ranks, after the communicator is closed
+    end          ends this process when something went wrong
+    """
+    pid, before = os.getpid(), sys.excepthook
+
+    def fail(kind: type[BaseException], error: BaseException, its_traceback) -> None:
+        if os.getpid() != pid:  # a process that the program has forked
+            before(kind, error, its_traceback)
+            return
+        if isinstance(error, KeyboardInterrupt):
+            if watch is not None:
+                watch.farewell(interrupted=True)
+            os._exit(INTERRUPTED)
+        sys.stdout.flush()
+        text = "".join(traceback.format_exception(error))
+        if watch is not None:
+            watch.raised(error, text)
+            watch.wait_for_end(text)
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        end()
+
+    def finish() -> None:
+        if os.getpid() != pid:
+            return
+        try:
+            comm.close()
+            end_runtime()
+        except BaseException as error:
+            fail(type(error), error, error.__traceback__)
+        if watch is not None:
+            watch.farewell()
+
+    sys.excepthook = fail
+    atexit.register(finish)
+    if watch is not None:
+        watch.begin(comm.progress)
