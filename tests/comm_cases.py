@@ -9,6 +9,8 @@ import comm_cases_groups
 import comm_cases_messages
 from comm_checks import CASES
 
+from slimlab.comm.report import CommunicationError
+
 # Each of these modules adds its cases to CASES.
 MODULES = (comm_cases_messages, comm_cases_collectives, comm_cases_groups)
 
@@ -23,6 +25,8 @@ def run_cases(comm, names: list[str], directory: str) -> tuple[int, int]:
             failure = ""
             try:
                 CASES[name](comm)
+            except CommunicationError:
+                raise  # the ranks cannot go on together
             except Exception as error:
                 steps = [step for step in traceback.extract_tb(error.__traceback__)
                          if step.filename in [module.__file__ for module in MODULES]]  # fmt: skip

@@ -23,6 +23,7 @@ from comm_checks import (
     ops_of,
     part,
 )
+from comm_runtimes import BACKENDS, started_by, why_not
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,6 @@ from slimlab.comm.launch import run_ranks
 from slimlab.comm.report import CommunicationError
 from slimlab.comm.wire import DTYPES
 
-RUNTIMES = ("threads",)
 WORLD_SIZES = (1, 2, 3, 4, 5)
 TIMEOUT_S = 60.0
 MAX_LAUNCHES = 3
@@ -44,7 +44,14 @@ def outcomes(runtime: str, world_size: int, directory: Path, names: list[str]) -
         place = directory / str(launch)
         place.mkdir(parents=True)
         try:
-            results = run_ranks(run_cases, world_size, timeout_s=TIMEOUT_S, args=(left, str(place)))
+            with started_by(runtime) as backend:
+                results = run_ranks(
+                    run_cases,
+                    world_size,
+                    backend=backend,
+                    timeout_s=TIMEOUT_S,
+                    args=(left, str(place)),
+                )
             ends.append("" if results == [(r, world_size) for r in range(world_size)] else results)
         except CommunicationError as error:
             ends.append(f"{type(error).__name__}: {error}")
@@ -67,10 +74,14 @@ def read(path: Path) -> dict[str, str]:
     return dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
 
 
-@pytest.fixture(scope="module", params=[(r, n) for r in RUNTIMES for n in WORLD_SIZES],
+@pytest.fixture(scope="module", params=[(r, n) for r in BACKENDS for n in WORLD_SIZES],
                 ids=lambda param: f"{param[0]}-{param[1]}")  # fmt: skip
 def world(request, tmp_path_factory):
-    return outcomes(*request.param, tmp_path_factory.mktemp("world"), list(CASES))
+    runtime, world_size = request.param
+    reason = why_not(runtime)
+    if reason is not None:
+        pytest.skip(reason)
+    return outcomes(runtime, world_size, tmp_path_factory.mktemp("world"), list(CASES))
 
 
 @pytest.mark.parametrize("name", [*CASES, END])
@@ -78,7 +89,10 @@ def test_an_operation_gives_what_a_plain_computation_gives(world, name):
     assert world[name] == "", world[name]
 
 
-def test_a_case_that_fails_or_waits_for_ever_leaves_the_others_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runtime", ["threads", "gloo"])
+def test_a_case_that_fails_or_waits_for_ever_leaves_the_others_alone(
+    runtime, tmp_path, monkeypatch
+):
     def fails(comm):
         assert comm.rank != 1, "wrong on one rank"
 
@@ -88,18 +102,26 @@ def test_a_case_that_fails_or_waits_for_ever_leaves_the_others_alone(tmp_path, m
 
     def leaves(comm):
         if comm.rank == 1:
-            comm.send(part(0, (3,)), 0)
+            comm.isend(part(0, (3,)), 0)
 
     for case in (fails, waits, leaves):
         monkeypatch.setitem(CASES, case.__name__, case)
-    found = outcomes("threads", 2, tmp_path, ["fails", "barriers", "waits", "leaves", "barriers"])
+    names = ["fails", "barriers", "waits", "evens and odds", "leaves", "broadcast of int8"]
+    found = outcomes(runtime, 2, tmp_path, names)
     assert found["fails"].startswith("rank 1: AssertionError: wrong on one rank")
     assert found["waits"].startswith("the run ended in this case: DeadlockError: deadlock")
-    assert "waits in recv(src=0, tag=0)  line" in found["waits"]
-    assert found["barriers"] == found["leaves"] == ""
+    assert "waits in recv(src=0, tag=0)  line" in found["waits"] or runtime != "threads"
+    assert [found[name] for name in names[1::2]] == [""] * 3
+    assert found["leaves"] == ""
     assert found[END].startswith("UnreceivedError: all ranks have finished")
-    found = outcomes("threads", 2, tmp_path / "more", ["waits"] * MAX_LAUNCHES + ["barriers"])
-    assert found["barriers"].startswith("not run, since")
+
+
+def test_a_suite_that_always_hangs_comes_to_an_end(tmp_path, monkeypatch):
+    names = [f"waits {number}" for number in range(MAX_LAUNCHES)]
+    for name in names:
+        monkeypatch.setitem(CASES, name, lambda comm: comm.recv(1) if comm.rank == 0 else None)
+    found = outcomes("threads", 2, tmp_path, [*names, "barriers"])
+    assert found["barriers"] == found[END] == f"not run, since {MAX_LAUNCHES} runs ended before it"
 
 
 NUMBERS = st.sampled_from([dtype for dtype in DTYPES if ops_of(dtype)])
