@@ -15,7 +15,6 @@ measured under two settings of the C library's allocator: as it is, and keeping 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,9 @@ from slimlab.comm.collectives import (
     recursive_doubling_all_reduce,
     ring_all_reduce,
 )
+from slimlab.comm.launch import why_not
+from slimlab.comm.mpi_start import end_mpi, start_mpi
+from slimlab.comm.mpirun import SETTINGS, find_mpirun, library_variables
 from slimlab.config import check_size, require
 
 OURS = {
@@ -97,13 +99,12 @@ class Ranks:
     runtime  one of RUNTIMES; MPI was started by mpirun, gloo finds the others by `store`
     store    a file that all ranks can reach
     rank     of this process, for gloo
-    number   of ranks, for gloo
+    number   of ranks
     """
 
     def __init__(self, runtime: str, store: Path, rank: int, number: int):
         if runtime == "mpi":
-            from mpi4py import MPI
-
+            MPI = start_mpi(number)
             from slimlab.comm.mpi import MPICommunicator
 
             world = MPI.COMM_WORLD
@@ -134,8 +135,10 @@ class Ranks:
         return self.communicator.all_reduce(torch.tensor(seconds).double(), op="max").tolist()
 
     def close(self) -> None:
-        """Let go of the communicator."""
+        """End the runtime."""
         self.communicator.close()
+        if self.runtime == "mpi":
+            end_mpi()
 
 
 def measure(ranks: Ranks, n_bytes: int, messages: Sequence[str], rounds: int) -> list[Comparison]:
@@ -199,12 +202,6 @@ def run_rank(given: argparse.Namespace) -> None:
     """Be one rank of a measurement, and leave what rank 0 knows in the file given.result."""
     torch.set_num_threads(given.threads)
     ranks = Ranks(given.one_of, Path(given.result + ".store"), given.rank, given.ranks)
-    require(
-        ranks.world_size == given.ranks,
-        f"{given.ranks} ranks",
-        f"{ranks.world_size}",
-        "start them with the mpirun of the MPI that mpi4py was built for or finds",
-    )
     rows = []
     for n_bytes in given.sizes:
         for one in measure(ranks, n_bytes, given.messages, given.rounds):
@@ -223,6 +220,8 @@ def start(runtime: str, allocator: str, given: argparse.Namespace) -> tuple[str,
     given      the options of the command line
     returns    the library's name for itself, and what was measured
     """
+    reason = why_not(runtime)
+    require(reason is None, f"ranks on {runtime}", f"{reason}", "measure with another --runtime")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.collectives", "--one-of", runtime]
@@ -232,7 +231,8 @@ def start(runtime: str, allocator: str, given: argparse.Namespace) -> tuple[str,
         # glibc reads these when a program starts, so they cannot be set from inside.
         settings = {"OMP_NUM_THREADS": str(given.threads), **ALLOCATORS[allocator]}
         if runtime == "mpi":
-            commands = [[_mpirun(), "-n", str(given.ranks), *command]]
+            commands = [[find_mpirun(), "-n", str(given.ranks), *command]]
+            settings |= {**SETTINGS, **library_variables()}
         else:
             commands = [[*command, "--rank", str(rank)] for rank in range(given.ranks)]
         started = [subprocess.Popen(one, env={**os.environ, **settings}) for one in commands]
@@ -251,19 +251,6 @@ def start(runtime: str, allocator: str, given: argparse.Namespace) -> tuple[str,
         found = json.loads(result.read_text())
     comparisons = [Comparison(*row[:3], *map(tuple, row[3:])) for row in found["rows"]]
     return found["library"], comparisons
-
-
-def _mpirun() -> str:
-    """Find the launcher beside this Python first: it belongs to the MPI that was installed here."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which("mpirun", path=places)
-    require(
-        found is not None,
-        "mpirun, to start ranks",
-        "none beside this Python or in PATH",
-        "pip install mpich, or measure with --runtime gloo",
-    )
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

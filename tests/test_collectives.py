@@ -12,10 +12,11 @@ from collective_cases import (
     inputs,
     run_cases,
 )
+from comm_runtimes import started_by, why_not
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimlab.comm import collectives, launch
+from slimlab.comm import collectives
 from slimlab.comm.collectives import ALGORITHMS
 from slimlab.comm.collectives_shared import TAG
 from slimlab.comm.launch import run_ranks
@@ -41,16 +42,17 @@ def test_worlds_of_more_ranks_too(world_size):
     check_cases(cases, run_ranks(run_cases, world_size, args=(cases,)))
 
 
-@pytest.mark.parametrize("backend", ["mpi", "gloo"])
+@pytest.mark.parametrize("runtime", ["mpich", "openmpi", "gloo"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_between_processes_they_are_right_and_send_the_same(backend, world_size):
-    if reason := launch.why_not(backend):
+def test_between_processes_they_are_right_and_send_the_same(runtime, world_size):
+    if reason := why_not(runtime):
         pytest.skip(reason)
     # The longest one travels apart from its header.
     cases = every_case(world_size, lengths=(0, 1, 5, 20000))
     cases += [Case(name, 7, torch.bfloat16, "mean", ranks_per_host=1) for name in ALL_REDUCES]
     cases += [Case(name, 6, row=(2, 3)) for name in ALGORITHMS]
-    results = run_ranks(run_cases, world_size, backend=backend, args=(cases,))
+    with started_by(runtime) as backend:
+        results = run_ranks(run_cases, world_size, backend=backend, args=(cases,))
     check_cases(cases, results)
 
 
