@@ -24,6 +24,7 @@ from slimlab.comm.calls import (
     check_apart,
     check_out,
     check_payload,
+    dtype_name,
     kind_of,
 )
 from slimlab.comm.parts import check_rows, check_sizes, short_sizes
@@ -153,7 +154,7 @@ class Communicator(Reductions):
         check_out("all_to_all", out, (sum(recv_sizes), *tensor.shape[1:]), tensor)
         check_apart("all_to_all", tensor, out, may_be_same=False)
         rows = f"rows of {tuple(tensor.shape[1:])}, uneven" if uneven else ""
-        kind = f"{str(tensor.dtype).removeprefix('torch.')} {rows}" if uneven else kind_of(tensor)
+        kind = f"{dtype_name(tensor.dtype)} {rows}" if uneven else kind_of(tensor)
         call = self._call("all_to_all", kind)
         with self.progress.inside(call):
             result = self._all_to_all(call, tensor.detach(), send_sizes, recv_sizes, out)
@@ -210,8 +211,8 @@ class Communicator(Reductions):
                 f"{tensor.shape[0]} rows on rank {self.rank}",
                 "give every rank the same list, in rank order",
             )
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            kind = f"{dtype} rows of {tuple(tensor.shape[1:])}, sizes={short_sizes(sizes)}"
+            rows = f"{dtype_name(tensor.dtype)} rows of {tuple(tensor.shape[1:])}"
+            kind = f"{rows}, sizes={short_sizes(sizes)}"
         check_out(name, out, (sum(sizes), *tensor.shape[1:]), tensor)
         check_apart(name, tensor, out, may_be_same=False)
         return sizes, self._call(name, kind + more)

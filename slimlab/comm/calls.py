@@ -8,22 +8,22 @@ Production libraries compare calls only on request (TORCH_DISTRIBUTED_DEBUG=DETA
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimlab.comm.counts import Counts
 from slimlab.comm.report import Position, frames_of, line_at, position_of, short_group
-from slimlab.config import require
+from slimlab.config import InputError, require
 
 REDUCTIONS = ("sum", "mean", "max", "min")
+MAX_TAG = 2**20
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a rank asks for.
 
     name       of the method
@@ -72,8 +72,17 @@ def kind_of(tensor: Tensor) -> str:
 
     tensor  any
     """
-    kind = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-    return kind if tensor.device.type == "cpu" else f"{kind} on {tensor.device.type}"
+    kind = f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+    return kind if tensor.is_cpu else f"{kind} on {tensor.device.type}"
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as tables show it.
+
+    dtype  any
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def check_payload(call: str, tensor: object) -> None:
@@ -84,8 +93,9 @@ def check_payload(call: str, tensor: object) -> None:
 
     Raises InputError.
     """
-    require(
-        isinstance(tensor, Tensor) and tensor.layout == torch.strided,
+    if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+        return
+    raise InputError(
         f"{call}: a dense tensor",
         f"a {type(tensor).__name__}"
         + (f" of layout {tensor.layout}" if isinstance(tensor, Tensor) else ""),
@@ -100,8 +110,9 @@ def check_tag(tag: object) -> None:
 
     Raises InputError.
     """
-    require(
-        isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag <= 2**20,
+    if isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag <= MAX_TAG:
+        return
+    raise InputError(
         "tag: a whole number from 0 to 2^20",
         f"tag = {tag!r}",
         "leave tag out unless two messages must be told apart",
@@ -118,15 +129,16 @@ def check_reduction(op: object, dtype: torch.dtype) -> None:
     """
     require(
         op in REDUCTIONS,
-        f"op: one of {', '.join(REDUCTIONS)}",
+        "op: one of sum, mean, max, min",
         f"op = {op!r}",
         "choose one of these names",
     )
     whole = not (dtype.is_floating_point or dtype.is_complex)
     undefined = dtype == torch.bool or (op == "mean" and whole)
     undefined = undefined or (op in ("max", "min") and dtype.is_complex)
-    require(
-        not undefined,
+    if not undefined:
+        return
+    raise InputError(
         f"a dtype that has a {op}",
         f"op = {op!r} of {dtype}",
         "convert the tensor first, for instance with .float() or .long()",
@@ -146,10 +158,11 @@ def check_out(call: str, out: Tensor | None, shape: Sequence[int], like: Tensor)
     if out is None:
         return
     check_payload(f"{call}: out", out)
-    fits = tuple(out.shape) == tuple(shape) and out.dtype == like.dtype
-    require(
-        fits and out.device.type == like.device.type and out.is_contiguous(),
-        f"{call}: out, contiguous, {str(like.dtype).removeprefix('torch.')} {tuple(shape)}",
+    fits = out.shape == tuple(shape) and out.dtype == like.dtype and out.is_contiguous()
+    if fits and out.device.type == like.device.type:
+        return
+    raise InputError(
+        f"{call}: out, contiguous, {dtype_name(like.dtype)} {tuple(shape)}",
         kind_of(out) + ("" if out.is_contiguous() else ", not contiguous"),
         "leave out away for a new tensor, or make it with torch.empty(shape, dtype=...)",
     )
@@ -165,13 +178,16 @@ def check_apart(call: str, tensor: Tensor, out: Tensor | None, *, may_be_same: b
 
     Raises InputError.
     """
-    if out is None or out.device.type == "meta" or not (tensor.numel() and out.numel()):
+    if out is None or out.is_meta or not (tensor.numel() and out.numel()):
+        return
+    if may_be_same and out is tensor:
         return
     start, end = _memory(tensor)
     its_start, its_end = _memory(out)
     same = may_be_same and start == its_start and tensor.stride() == out.stride()
-    require(
-        same or end <= its_start or its_end <= start,
+    if same or end <= its_start or its_end <= start:
+        return
+    raise InputError(
         f"{call}: an out " + "that is the tensor itself, or one " * may_be_same + "apart from it",
         "an out that overlaps the tensor",
         "leave out away for a new tensor",
@@ -200,23 +216,12 @@ class Progress:
         self.started: dict[Handle, tuple[Call, Position | None]] = {}
         self.counts = Counts()
 
-    @contextmanager
-    def inside(self, call: Call) -> Iterator[None]:
+    def inside(self, call: Call) -> "Inside":
         """Note that the rank is in a call, for the length of a with block.
 
         call  what it asks for
         """
-        outer, self.call = self.call, call
-        self.num_calls += 1
-        self.since_s = time.monotonic()
-        if outer is None:
-            self.counts.begin(call)
-        try:
-            yield
-            if outer is None:
-                self.counts.end(call)
-        finally:
-            self.call, self.since_s = outer, time.monotonic()
+        return Inside(self, call)
 
     def start(self, call: Call, finish: Callable[[], Tensor | None]) -> Handle:
         """Make the handle of a call that has been started, and keep it until it was waited for.
@@ -227,8 +232,7 @@ class Progress:
         """
         if self.call is None:
             self.counts.start(call)
-        arguments = replace(call, group=None)
-        waits_in = replace(call, name="wait", arguments=str(arguments))
+        waits_in = call._replace(name="wait", arguments=f"{call.name}({call.arguments})")
 
         def wait() -> Tensor | None:
             del self.started[handle]
@@ -242,3 +246,30 @@ class Progress:
     def unwaited(self) -> list[str]:
         """List the calls that were started and never waited for, with their lines."""
         return [f"{call}, started at {line_at(where)}" for call, where in self.started.values()]
+
+
+class Inside:
+    """A with block in which a rank is in a call.
+
+    progress  of the rank
+    call      what it asks for
+
+    Production code would use contextlib's generator, which takes longer than a small message.
+    """
+
+    def __init__(self, progress: Progress, call: Call):
+        self._progress, self._call = progress, call
+
+    def __enter__(self) -> None:
+        progress = self._progress
+        self._outer, progress.call = progress.call, self._call
+        progress.num_calls += 1
+        progress.since_s = time.monotonic()
+        if self._outer is None:
+            progress.counts.begin(self._call)
+
+    def __exit__(self, kind: type | None, error: object, traceback: object) -> None:
+        progress = self._progress
+        if self._outer is None and kind is None:
+            progress.counts.end(self._call)
+        progress.call, progress.since_s = self._outer, time.monotonic()

@@ -5,7 +5,7 @@ MPI's or NCCL's moves inside, nobody sees from here. slimlab.comm.trace keeps th
 collectives that are written in this book. Production profilers (Nsight, Kineto) record times too.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch import Tensor
 from slimlab.comm.report import text_table
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
+class LedgerEntry(NamedTuple):
     """One finished call of one rank.
 
     call     name of the method

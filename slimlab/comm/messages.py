@@ -21,7 +21,7 @@ from slimlab.comm.calls import (
     kind_of,
 )
 from slimlab.comm.ledger import PayloadLedger
-from slimlab.config import require
+from slimlab.config import InputError, require
 
 
 class Messages(ABC):
@@ -69,6 +69,7 @@ class Messages(ABC):
         is received: runtimes differ in this.
         Raises InputError for a payload that is no tensor, a dst that is no other rank, a bad tag.
         """
+        self._check_send("send", tensor, dst, tag)
         call = self._call_send("send", tensor, dst, tag)
         with self.progress.inside(call):
             self._send(call, tensor.detach(), dst, tag)
@@ -85,7 +86,8 @@ class Messages(ABC):
         Communicates: one message.
         Raises InputError for a src that is no other rank, a bad tag, an out that does not fit.
         """
-        call = self._call_recv("recv", src, tag, out)
+        self._check_recv("recv", src, tag, out)
+        call = self._call_recv("recv", src, tag)
         with self.progress.inside(call):
             tensor = self._recv(call, src, tag, out)
         self._note("recv", tensor, src)
@@ -102,6 +104,7 @@ class Messages(ABC):
         Communicates: one message.
         Raises InputError as send does.
         """
+        self._check_send("isend", tensor, dst, tag)
         call = self._call_send("isend", tensor, dst, tag)
         with self.progress.inside(call):
             handle = self._isend(call, tensor.detach(), dst, tag)
@@ -119,7 +122,8 @@ class Messages(ABC):
         Communicates: one message, which stands in the ledger once it was waited for.
         Raises InputError as recv does; for an out that does not fit, when it is waited for.
         """
-        call = self._call_recv("irecv", src, tag, out)
+        self._check_recv("irecv", src, tag, out)
+        call = self._call_recv("irecv", src, tag)
         with self.progress.inside(call):
             handle = self._irecv(call, src, tag, out)
 
@@ -145,11 +149,12 @@ class Messages(ABC):
         Communicates: one message out, one in.
         Raises InputError as send and recv do.
         """
-        call = self._call_send("sendrecv", tensor, dst, tag)
-        source = self._call_recv("sendrecv", src, tag, out).source
+        self._check_send("sendrecv", tensor, dst, tag)
+        self._check_recv("sendrecv", src, tag, out)
         check_apart("sendrecv", tensor, out, may_be_same=False)
         arguments = f"dst={dst}, src={src}, tag={tag}, {kind_of(tensor)}"
-        call = self._call("sendrecv", arguments, source=source, target=call.target)
+        source, target = (self.ranks[src], tag), (self.ranks[dst], tag)
+        call = Call("sendrecv", arguments, source, target, self._group)
         with self.progress.inside(call):
             received = self._sendrecv(call, tensor.detach(), dst, src, tag, out)
         self._note("send", tensor, dst)
@@ -176,31 +181,36 @@ class Messages(ABC):
         sent.wait()
         return received
 
-    def _call(self, name: str, arguments: str = "", **ends: tuple[int, int]) -> Call:
-        return Call(name, arguments, group=self._group, **ends)
+    def _call(self, name: str, arguments: str = "") -> Call:
+        return Call(name, arguments, None, None, self._group)
 
     def _note(self, name: str, tensor: Tensor | None = None, peer: int | None = None) -> None:
         self.ledger.add(name, tensor, peer, self._group)
 
     def _call_send(self, name: str, tensor: Tensor, dst: int, tag: int) -> Call:
+        arguments = f"dst={dst}, tag={tag}, {kind_of(tensor)}"
+        return Call(name, arguments, None, (self.ranks[dst], tag), self._group)
+
+    def _call_recv(self, name: str, src: int, tag: int) -> Call:
+        return Call(name, f"src={src}, tag={tag}", (self.ranks[src], tag), None, self._group)
+
+    def _check_send(self, name: str, tensor: Tensor, dst: int, tag: int) -> None:
         check_payload(name, tensor)
         self._check_peer("dst", dst)
         check_tag(tag)
-        target = self.ranks[dst], tag
-        return self._call(name, f"dst={dst}, tag={tag}, {kind_of(tensor)}", target=target)
 
-    def _call_recv(self, name: str, src: int, tag: int, out: Tensor | None) -> Call:
+    def _check_recv(self, name: str, src: int, tag: int, out: Tensor | None) -> None:
         self._check_peer("src", src)
         check_tag(tag)
         if out is not None:
             check_payload(f"{name}: out", out)
-            require(
-                out.is_contiguous(),
+            if out.is_contiguous():
+                return
+            raise InputError(
                 f"{name}: a contiguous out",
                 f"a tensor of shape {tuple(out.shape)} and strides {out.stride()}",
                 "make it with torch.empty(shape, dtype=...), or leave out away",
             )
-        return self._call(name, f"src={src}, tag={tag}", source=(self.ranks[src], tag))
 
     def _check_peer(self, name: str, peer: int) -> None:
         whole = isinstance(peer, int) and not isinstance(peer, bool)
