@@ -37,7 +37,8 @@ class Communicator(Reductions):
 
     Attributes and messages between two ranks: slimlab.comm.messages.Messages. Of all collectives
     holds: all ranks must make the same calls in the same order. "Parts" lie one behind the other
-    along dim 0, in rank order. Tensors travel as data: gradients do not flow through a call.
+    along dim 0, in rank order. Tensors travel as data: gradients do not flow through a call. An
+    out shares no memory with the argument, unless a call says that it may be the argument.
     Raises InputError for arguments that do not fit; MismatchError (slimlab.comm.report) if the
     ranks meet in different calls.
     """
@@ -135,10 +136,11 @@ class Communicator(Reductions):
                     shape on every rank
         send_sizes  rows for each rank; None: equal parts
         recv_sizes  rows from each rank; None: equal parts. Give both or neither
-        out         where to put the result; not tensor itself; None: a new tensor
+        out         where to put the result; None: a new tensor
         returns     the parts from all ranks, one behind the other in rank order
 
         Communicates: one all_to_all of the tensor.
+        Raises MismatchError too if a rank expects other rows than another sends it.
         """
         check_payload("all_to_all", tensor)
         check_rows("all_to_all", tensor)

@@ -115,7 +115,8 @@ class Messages(ABC):
         """Start to receive; as recv, but return at once.
 
         src      the rank that sends
-        tag      only a message with this tag
+        tag      only a message with this tag; receives of one tag get messages in the order in
+                 which they were begun, whichever is waited for first
         out      where to put it; it must not be used before the handle was waited for
         returns  a handle whose wait returns the tensor
 
