@@ -204,5 +204,5 @@ def test_a_receive_into_a_buffer_of_another_shape_is_an_error_when_it_is_waited_
 
     error = error_of(program, 2, RankError)
     assert isinstance(error.__cause__, InputError)
-    assert "irecv: out, contiguous, float32 (3,)" in str(error)
+    assert "an out for the message from rank 1 with tag 0, float32 (3,)" in str(error)
     assert str(error).endswith("of program: handle.wait()")

@@ -19,6 +19,7 @@ from slimlab.comm.calls import Handle, check_out
 from slimlab.comm.groups import Group, check_exchange, groups_of
 from slimlab.comm.mail import Address
 from slimlab.comm.reductions import reduce_in_rank_order
+from slimlab.comm.wire import Described, check_fits
 from slimlab.comm.world import World
 
 
@@ -71,7 +72,8 @@ class ThreadCommunicator(Communicator):
 
         def finish():
             tensor = self._world.fetch(self.progress.call, letter)
-            check_out(call.name, out, tensor.shape, tensor)
+            n_bytes = tensor.numel() * tensor.element_size()
+            check_fits(Described(tensor.dtype, tuple(tensor.shape), n_bytes), out, src, tag)
             return _into(out, tensor)
 
         return Handle(finish)
