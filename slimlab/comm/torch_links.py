@@ -10,6 +10,8 @@ Production programs let torch.distributed keep the groups.
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,10 +54,12 @@ class Link:
 
         Communicates: every rank of the group must call it; with NCCL they connect in their first
         collective.
+        Raises CommunicationError if they do not find each other.
         """
         store, nccl = dist.PrefixStore(name, self.store), None
         timeout = timedelta(seconds=self.timeout_s)
-        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+        with _said(f"rank {rank} of the {size} of a group", self.timeout_s):
+            gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
         calm_gloo()
         if self.nccl is not None:
             options = dist.ProcessGroupNCCL.Options()
@@ -99,7 +103,7 @@ def connect_world(
     )
     device = torch.device("cpu") if backend == "gloo" else own_gpu(local_rank)
     hook = sys.excepthook
-    try:
+    with _said(f"rank {rank} of {world_size}", timeout_s):
         dist.init_process_group(
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
             rank=rank,
@@ -108,16 +112,7 @@ def connect_world(
             timeout=timedelta(seconds=timeout_s),
             device_id=None if backend == "gloo" else device,
         )
-    except RuntimeError as error:
-        raise CommunicationError(
-            f"rank {rank} of {world_size} did not reach the others within {timeout_s:g} s\n"
-            "it may be that a rank has not been started, has ended, or is on another machine that "
-            "this one cannot reach\n"
-            "change: look first at what the other ranks say. Where a machine has several networks, "
-            "name the one to use: GLOO_SOCKET_IFNAME=eth0"
-        ) from error
-    finally:
-        sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
+    sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
     calm_gloo()
     gloo, nccl = (
         None if kind == "cuda" and backend == "gloo" else dist.group.WORLD._get_backend(kind)
@@ -162,3 +157,17 @@ def calm_gloo() -> None:
                     os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
         except OSError:  # the thread has ended, or the system forbids it
             continue
+
+
+@contextmanager
+def _said(who: str, timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"{who} did not reach the others within {timeout_s:g} s\n"
+            "it may be that a rank has not been started, has ended, or is on another machine that "
+            "this one cannot reach\n"
+            "change: look first at what the other ranks say. Where a machine has several networks, "
+            "name the one to use: GLOO_SOCKET_IFNAME=eth0"
+        ) from error
