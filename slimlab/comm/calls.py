@@ -270,6 +270,8 @@ class Inside:
 
     def __exit__(self, kind: type | None, error: object, traceback: object) -> None:
         progress = self._progress
-        if self._outer is None and kind is None:
+        # A message that does not fit where it was to go has been taken all the same.
+        refused = kind is InputError and self._call.source is not None
+        if self._outer is None and (kind is None or refused):
             progress.counts.end(self._call)
         progress.call, progress.since_s = self._outer, time.monotonic()

@@ -108,10 +108,11 @@ class Reductions(Messages):
         )
         with self.progress.inside(call):
             if async_op:
-                handle = self._all_reduce_async(call, tensor.detach(), op, out)
-                result = self.progress.start(call, handle.wait)
+                result = self._all_reduce_async(call, tensor.detach(), op, out)
             else:
                 result = self._all_reduce(call, tensor.detach(), op, out)
+        if async_op:
+            result = self.progress.start(call, result.wait)
         self._note("all_reduce", tensor)
         return result
 
