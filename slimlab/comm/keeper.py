@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from slimlab.comm.board import Board, Verdict
 from slimlab.comm.channel import Channel
+from slimlab.comm.voice import find_voice
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = "import sys; sys.path.insert(0, {root!r}); from slimlab.comm.keeper import main; main()"
@@ -75,6 +77,7 @@ class _Keeper:
         self.selector, self.listener = selectors.DefaultSelector(), listener
         self.selector.register(listener, selectors.EVENT_READ)
         self.ranks: dict[Channel, int] = {}
+        self.voice = find_voice()
 
     def run(self) -> None:
         deadline_s, verdict = time.monotonic() + START_S, None
@@ -88,7 +91,7 @@ class _Keeper:
                     deadline_s = time.monotonic() + END_S
             if any(channel.open for channel in self.ranks):
                 deadline_s = deadline_s if verdict is not None else time.monotonic() + START_S
-            elif verdict is not None or len(self.board.channels) == len(self.board.standings):
+            elif verdict is not None or self._all_is_well():
                 return
 
     def _take(self, one: socket.socket | Channel) -> None:
@@ -124,12 +127,18 @@ class _Keeper:
         where = f"process {hello['pid']} on {hello['host']}"
         self.board.note_end(rank, f"({where}) ended without a word", now_s)
 
+    def _all_is_well(self) -> bool:
+        if self.board.interrupted:
+            return True
+        all_came = len(self.board.channels) == len(self.board.standings)
+        return all_came and not (self.board.ended or self.board.raised)
+
     def _verdict(self) -> Verdict | None:
         # An interrupt from the keyboard ends all ranks, in any order.
         return None if self.board.interrupted else self.board.verdict(time.monotonic())
 
     def _end(self, verdict: Verdict) -> None:
-        os.write(2, self._text(verdict).encode(errors="replace"))
+        self._say(self._text(verdict).encode(errors="replace"))
         first = self.board.channels.get(verdict.rank) if verdict.kind == "raised" else None
         if first is not None:
             # Launchers name the rank that ends first as the one to blame.
@@ -138,6 +147,13 @@ class _Keeper:
             time.sleep(FIRST_S)
         for channel in self.ranks:
             channel.send("end")
+
+    def _say(self, text: bytes) -> None:
+        for voice in (self.voice, 2):
+            with suppress(OSError):
+                while text:
+                    text = text[os.write(voice, text) :]
+                return
 
     def _text(self, verdict: Verdict) -> str:
         lines = [verdict.message]

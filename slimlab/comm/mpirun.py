@@ -44,7 +44,7 @@ SETTINGS = {
 }
 LIBRARIES = ("libmpi.so.12", "libmpi.so.40", "libmpi.12.dylib", "libmpi.40.dylib")
 # mpirun tidies up after itself if it is given the time.
-TIDY_S = 2.0
+TIDY_S = 1.0
 WAIT_S = 0.05
 
 

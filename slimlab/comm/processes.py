@@ -8,6 +8,7 @@ Production launchers do the same on every host (hydra's proxies, torchrun's agen
 """
 
 import os
+import random
 import signal
 import socket
 import time
@@ -31,7 +32,7 @@ class RankProcess:
 
     channel   to it
     outputs   what it writes to stdout and stderr
-    pid       of its process; None: it is not ours, or not known yet
+    pid       of its process; None: it is a child of mpirun, not of this process
     ended     how its process has ended, once it has
     """
 
@@ -42,6 +43,8 @@ class RankProcess:
 
     def look(self) -> None:
         """Find out whether the process has ended; it stays a zombie, so that its number is ours."""
+        if self.pid is None and not self.channel.open:
+            self.ended = self.ended or "ended without a word"
         if self.pid is None or self.ended is not None:
             return
         try:
@@ -104,7 +107,7 @@ class Run:
         others  open files that it must not keep
         """
         one, lines = self.add(rank)
-        parent = os.getpid()
+        parent, python_state = os.getpid(), random.getstate()
         with warnings.catch_warnings():
             # Other threads run in a notebook's kernel. The fork uses none of what they may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -116,6 +119,7 @@ class Run:
                     os.close(output.fileno())
             for number in others:
                 os.close(number)
+            random.setstate(python_state)  # Python seeds anew after a fork
             run_forked(task, rank, lines, env, parent)
         close_all(lines.all())
 

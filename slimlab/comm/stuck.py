@@ -113,7 +113,7 @@ def _reason_of_collective(rank: int, standings: list[Standing], still: set[int])
     missing = [
         str(member)
         for member in members
-        if member in still and standings[member].counts.come[one.group] <= done
+        if member != rank and member in still and standings[member].counts.come[one.group] <= done
     ]
     if not missing:
         return None
