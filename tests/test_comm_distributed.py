@@ -3,15 +3,18 @@
 One launched world runs all cases over gloo; each is then reported by its name.
 """
 
+import json
 import os
 import sys
 import traceback
 import warnings
 from dataclasses import replace
 
+import comm_checks
 import pytest
 import torch
 import torch.distributed as dist
+from comm_cases import run_cases
 from comm_checks import part, same
 
 from slimlab.comm.calls import Call
@@ -25,6 +28,7 @@ from slimlab.config import InputError
 WORLD_SIZE = 3
 # In elements of 4 bytes: with the header, in a message of its own, and much more than sockets keep.
 SMALL, LARGE, HUGE = INLINE_BYTES // 4, INLINE_BYTES // 4 + 1, 3_000_000
+NUM_GPUS = torch.cuda.device_count() if dist.is_nccl_available() else 0
 CASES = {}
 
 
@@ -347,6 +351,16 @@ def outcomes():
 def test_over_gloo(outcomes, name):
     failures = [f"rank {rank}: {one[name]}" for rank, one in enumerate(outcomes) if one[name]]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.skipif(not NUM_GPUS, reason="no GPU that NCCL can use")
+def test_all_operations_over_nccl(tmp_path):
+    world_size = min(NUM_GPUS, 4)
+    run_ranks(run_cases, world_size, backend="nccl", args=(list(comm_checks.CASES), str(tmp_path)))
+    for rank in range(world_size):
+        lines = [json.loads(line) for line in (tmp_path / str(rank)).read_text().splitlines()]
+        assert [name for name, _ in lines] == list(comm_checks.CASES)
+        assert [f"{name}: {failure}" for name, failure in lines if failure] == []
 
 
 def test_ranks_over_gloo_end_without_a_word(capfd):

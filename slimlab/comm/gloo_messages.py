@@ -35,8 +35,9 @@ from slimlab.comm.wire import (
 # Up to here, and beyond, copying twice took less time than a second message: 0.22 ms there and back
 # instead of 0.37.
 INLINE_BYTES = 65536
-# Programs have tags up to 2^20.
+# Programs have tags up to 2^20; of each, headers take the even number and payloads the odd one.
 GATHER_TAG, SCATTER_TAG, TEXT_TAG = range(2**20 + 1, 2**20 + 4)
+COMPARE_TAG = 2**22  # of messages without a header
 HOST = torch.device("cpu")
 
 

@@ -114,10 +114,9 @@ def connect_world(
         )
     sys.excepthook = hook  # torch's own puts the rank before every line of a traceback
     calm_gloo()
-    gloo, nccl = (
-        None if kind == "cuda" and backend == "gloo" else dist.group.WORLD._get_backend(kind)
-        for kind in (torch.device("cpu"), "cuda")
-    )
+    world = dist.group.WORLD
+    gloo = world._get_backend(torch.device("cpu"))
+    nccl = None if backend == "gloo" else world._get_backend(device)
     return Link(rank, world_size, dist.PrefixStore("groups", store), gloo, nccl, device, timeout_s)
 
 
