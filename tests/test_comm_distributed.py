@@ -339,6 +339,8 @@ def torch_itself_can_be_called_too(comm):
     tensor = torch.ones(3)
     dist.all_reduce(tensor)
     assert tensor.tolist() == [comm.world_size] * 3
+    with pytest.raises(InputError, match="is not connected yet"):
+        init_torch("gloo", comm.rank, comm.world_size, comm._link.store)
     assert sys.excepthook is sys.__excepthook__ or "torch" not in sys.excepthook.__module__
 
 

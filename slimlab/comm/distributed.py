@@ -2,7 +2,8 @@
 
 Chapter 07 uses it. Tensors in the host's memory travel over gloo, those on a GPU over NCCL, one GPU
 for each rank; where the runtime is gloo alone, and in messages between two ranks, tensors of a GPU
-go through the host's memory. What torch leaves out is made up for:
+go through the host's memory. What recv and scatter make lies on the communicator's device. What
+torch leaves out is made up for:
 
     int16              gloo and NCCL do not know it: combined as int32, moved as bytes
     mean               a sum, divided afterwards, in the dtype of the tensors
@@ -260,7 +261,8 @@ class TorchCommunicator(Communicator):
                 group._free()
         if self._group is None:
             self._lookout.close()
-            dist.destroy_process_group()
+            if dist.is_initialized():  # a program may have ended it
+                dist.destroy_process_group()
         else:
             self._link.close()
 
@@ -286,8 +288,8 @@ def init_torch(
     local_rank  this rank among those on its machine, the number of its GPU; None: rank itself
 
     Communicates: every rank must call it.
-    Raises InputError for an unknown backend, or where there is no GPU for this rank;
-    CommunicationError if the ranks do not find each other.
+    Raises InputError for an unknown backend, where there is no GPU for this rank, or where torch's
+    default group is there already; CommunicationError if the ranks do not find each other.
     """
     local_rank = rank if local_rank is None else local_rank
     link = connect_world(backend, rank, world_size, store, timeout_s, local_rank)

@@ -92,14 +92,20 @@ def connect_world(
     local_rank  this rank among those on its machine; with NCCL, the number of its GPU
 
     Communicates: every rank must call it.
-    Raises InputError for an unknown backend, or where there is no GPU for this rank;
-    CommunicationError if the ranks do not find each other.
+    Raises InputError for an unknown backend, where there is no GPU for this rank, or where torch's
+    default group is there already; CommunicationError if the ranks do not find each other.
     """
     require(
         backend in ("gloo", "nccl"),
         "backend: gloo, or nccl for GPUs",
         f"backend = {backend!r}",
         "choose one of these names",
+    )
+    require(
+        not dist.is_initialized(),
+        "a process whose torch.distributed is not connected yet",
+        "one with a default process group",
+        "let slimlab connect the ranks: torch.distributed can be used after that",
     )
     device = torch.device("cpu") if backend == "gloo" else own_gpu(local_rank)
     hook = sys.excepthook
