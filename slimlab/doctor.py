@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from slimlab.comm.launchers import find_mpirun, mpi_family
+
 GIB = 2**30
 ASK_DEADLINE_S = 60.0
 CJK_FONTS = (
@@ -158,19 +160,6 @@ def look_at_mpi() -> list[Finding]:
     root = theirs == "Open MPI" and getattr(os, "geteuid", lambda: 1)() == 0
     mend = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1" if root else ""
     return [*findings, Finding("mpirun", "note" if mend else "ok", f"{launcher} ({theirs})", mend)]
-
-
-def find_mpirun() -> str | None:
-    """Return the mpirun beside this Python, else the one on the PATH, else None."""
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
-
-
-def mpi_family(text: str) -> str:
-    """Return which MPI the version text `text` speaks of, or nothing."""
-    if re.search(r"open ?mpi|open-?rte|prrte", text, re.IGNORECASE):
-        return "Open MPI"
-    return "MPICH" if re.search(r"mpich|hydra", text, re.IGNORECASE) else ""
 
 
 def look_at_cores() -> Finding:

@@ -1,14 +1,20 @@
-"""Who has started this process: mpirun, srun, torchrun or nobody; told from the environment.
+"""Who has started this process: mpirun, srun, torchrun or nobody; and which mpirun there is.
 
 Chapter 07 starts programs from outside; slimlab.comm.connect asks here how. Each launcher tells its
 ranks who they are by variables of its own. Production programs leave this to their libraries, each
 of which knows some launchers, and takes itself for the only rank under the others.
 """
 
+import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+# A path to the mpirun that run_ranks is to use.
+CHOICE_VARIABLE = "SLIMLAB_MPIRUN"
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,6 +69,15 @@ def rank_in(environment: Mapping[str, str]) -> int:
     return next(int(environment[name]) for name in names if name in environment)
 
 
+def find_mpirun() -> str | None:
+    """Return the mpirun of SLIMLAB_MPIRUN, else the one beside this Python, else on the PATH."""
+    chosen = os.environ.get(CHOICE_VARIABLE)
+    if chosen:
+        return chosen if os.access(chosen, os.X_OK) else None
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
+
+
 def mpi_family(text: str) -> str:
     """Return which MPI a text speaks of: "Open MPI", "MPICH", or nothing.
 
@@ -70,4 +85,4 @@ def mpi_family(text: str) -> str:
     """
     if re.search(r"open ?mpi|open-?rte|prrte", text, re.IGNORECASE):
         return "Open MPI"
-    return "MPICH" if re.search(r"mpich|hydra|intel\(r\) mpi", text, re.IGNORECASE) else ""
+    return "MPICH" if re.search(r"mpich|hydra", text, re.IGNORECASE) else ""

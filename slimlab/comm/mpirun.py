@@ -11,7 +11,6 @@ Production programs are started by mpirun itself, on many hosts: slimlab.comm.co
 import importlib.util
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from slimlab.comm import mpi_stub
-from slimlab.comm.launchers import rank_in
+from slimlab.comm.launchers import CHOICE_VARIABLE, find_mpirun, rank_in
 from slimlab.comm.mpi_start import INSTALL, LIBRARY_VARIABLE
 from slimlab.comm.process_ranks import packed, rank_variables, spawn_command
 from slimlab.comm.processes import Run, close_all
@@ -30,7 +29,6 @@ from slimlab.comm.rank_process import Task
 from slimlab.comm.report import CommunicationError, RanksTimeoutError
 from slimlab.comm.shipping import name_classes
 
-CHOICE_VARIABLE = "SLIMLAB_MPIRUN"
 # What another launcher has told this process is not for the ranks that it starts, and they are to
 # stay on this machine. Settings of users (..._MCA_...) stay.
 FOREIGN = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "HYDRA_", "MPI_LOCAL", "SLURM_", "PBS_")
@@ -46,15 +44,6 @@ LIBRARIES = ("libmpi.so.12", "libmpi.so.40", "libmpi.12.dylib", "libmpi.40.dylib
 # mpirun tidies up after itself if it is given the time.
 TIDY_S = 1.0
 WAIT_S = 0.05
-
-
-def find_mpirun() -> str | None:
-    """Return the mpirun of SLIMLAB_MPIRUN, else the one beside this Python, else on the PATH."""
-    chosen = os.environ.get(CHOICE_VARIABLE)
-    if chosen:
-        return chosen if os.access(chosen, os.X_OK) else None
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
 
 
 def why_no_mpi() -> str | None:
