@@ -13,6 +13,7 @@ import click
 from slimlab import __version__
 from slimlab.commands.book import doctor, list_chapters, run
 from slimlab.commands.classroom import check, grade, handout
+from slimlab.commands.communication import calibrate, demo
 from slimlab.commands.training import generate, train
 from slimlab.config import InputError
 
@@ -48,7 +49,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="slimlab")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def main(debug: bool):
-    """Read, run, check and grade the book; train its model and let it write.
+    """Read, run, check and grade the book; train its model; run programs on many ranks.
 
     \b
     Examples:
@@ -60,13 +61,17 @@ def main(debug: bool):
       slimlab handout class/              a copy of the book for students
       slimlab train --out runs/mine       train the model of the book
       slimlab generate runs/mine          let it write
+      slimlab demo ring_all_reduce        run a program on several ranks
+      slimlab calibrate                   measure what messages cost here
     \f
 
     debug  show tracebacks
     """
 
 
-for command in (doctor, list_chapters, run, check, grade, handout, train, generate):
+for command in (
+    doctor, list_chapters, run, check, grade, handout, train, generate, demo, calibrate,
+):  # fmt: skip
     main.add_command(command)
 
 

@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from slimlab.config import InputError, ModelConfig, TrainingConfig
+from slimlab.text.cache import cache_folder
 from slimlab.text.corpus import corpus_from
 from slimlab.train import reference, reference_cache
 from slimlab.train.recipe import RECIPE, Recipe
 from slimlab.train.reference import reference_model, training_config
-from slimlab.train.reference_cache import cache_folder
 from slimlab.train.text_model import continue_text, load_text_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -218,9 +218,14 @@ def init_problems(path: Path) -> list[str]:
 
 
 def public_names(package: Path) -> dict[str, str]:
-    """Public functions and classes of slimlab, each with the module that defines it."""
+    """Public functions and classes of slimlab, each with the module that defines it.
+
+    Without the demos: nobody imports them, and a chapter's cell holds a `program` as they do.
+    """
     names = {}
     for path in modules(package):
+        if room(path, package) == "demos":
+            continue
         for name, _, owner in definitions(ast.parse(path.read_text(encoding="utf-8"))):
             if owner is None and not name.startswith("_"):
                 names[name] = module_name(path, package)

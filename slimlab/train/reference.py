@@ -24,11 +24,12 @@ import torch
 
 from slimlab.config import InputError, ModelConfig, TrainingConfig, require
 from slimlab.model.transformer import Decoder
+from slimlab.text.cache import cache_folder
 from slimlab.text.corpus import Corpus, reference_corpus
 from slimlab.text.progress import is_silent
 from slimlab.train.objectives import mean_loss
 from slimlab.train.recipe import RECIPE, Recipe
-from slimlab.train.reference_cache import cache_folder, one_at_a_time, read_entry, write_entry
+from slimlab.train.reference_cache import one_at_a_time, read_entry, write_entry
 from slimlab.train.text_model import TextModel, encode_documents, train_on_text
 from slimlab.train.threads import fastest_threads
 

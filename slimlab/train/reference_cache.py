@@ -3,7 +3,7 @@
     ~/.cache/slimlab/reference/0123456789ab-seed0/      (macOS: ~/Library/Caches/slimlab)
         tokenizer.json  history.jsonl  step_00001000/
 
-SLIMLAB_CACHE names another folder. An entry is written under a name of its own, then renamed, and
+slimlab.text.cache tells the folder. An entry is written under a name of its own, then renamed, and
 one that is whole is never written again: a reader finds all of it or nothing. Sizes and SHA-256
 tell a damaged one. `slimlab generate` reads an entry like the folder of any run. Chapter 05 uses
 it.
@@ -14,7 +14,6 @@ Production keeps weights in a store where the name of a file is the hash of its 
 import contextlib
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,15 +25,6 @@ from slimlab.train.checkpoint import save_checkpoint
 from slimlab.train.checkpoint_folder import find_checkpoint, list_files, read_json
 from slimlab.train.history import HistoryFile, read_history
 from slimlab.train.text_model import TextModel, load_text_model
-
-
-def cache_folder() -> Path:
-    """Return the folder that SLIMLAB_CACHE names, else the one that this system has for caches."""
-    if given := os.environ.get("SLIMLAB_CACHE"):
-        return Path(given).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "slimlab"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimlab"
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Runnable programs: one per parallel idea, for mpirun, torchrun and plain python."""
