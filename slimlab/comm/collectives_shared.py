@@ -10,12 +10,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from slimlab.comm.calls import check_apart, check_out, check_payload, check_reduction
+from slimlab.comm.calls import MAX_TAG, check_apart, check_out, check_payload, check_reduction
 from slimlab.comm.messages import Messages
 from slimlab.config import InputError
 
 # The last tag there is: messages of a program's own, under way at the same time, have others.
-TAG = 2**20
+TAG = MAX_TAG
 COMBINE = {"sum": torch.add, "mean": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
