@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 
@@ -25,6 +26,7 @@ from slimlab.demos.report import Report
 
 RANKS = 4
 TIMEOUT_S = 60.0
+LEAVE_LATER_S = 3.0
 
 
 class DemoCommand(click.Command):
@@ -120,8 +122,8 @@ def run_demo(
     least       how many the program needs
     returns     its report, and whether this process is to print it
 
-    Raises InputError if a launcher has started other ranks than those asked for, and what
-    run_ranks and connect raise.
+    Ends this process with exit code 2 if a launcher has started other ranks than those asked for.
+    Raises what run_ranks and connect raise.
     """
     launcher = launcher_of(os.environ)
     require(
@@ -137,23 +139,14 @@ def run_demo(
             program, world_size, backend=backend or "threads", timeout_s=timeout_s, args=args
         )
         return reports[0], True
-    if launcher.world_size is not None:
-        try:
+    try:
+        _check_backend(backend, launcher)
+        if launcher.world_size is not None:
             _check_ranks(launcher.world_size, world_size, least, launcher)
-        except InputError as error:
-            # Nobody is connected yet, so nobody waits for a rank that leaves.
-            _refuse(error, launcher)
-    # Only torchrun leaves a choice.
-    chosen = {"backend": backend} if launcher.kind == "torch" and backend != "threads" else {}
-    comm = connect(timeout_s, **({} if backend is None else chosen))
+    except InputError as error:
+        _refuse(error, launcher)
+    comm = connect(timeout_s, backend=backend)
     _check_ranks(comm.world_size, world_size, least, launcher)
-    require(
-        backend in (None, comm.backend),
-        f"a launcher that connects ranks by {backend}",
-        f"{launcher.name}, which connects them by {comm.backend}",
-        "leave --backend out; threads need no launcher, mpi needs mpirun or srun, gloo and nccl "
-        "need torchrun",
-    )
     return program(comm, *args), comm.rank == 0
 
 
@@ -207,8 +200,23 @@ def _check_ranks(started: int, wanted: int | None, least: int, launcher: Launche
     _check_least(started, least)
 
 
+def _check_backend(wanted: str | None, launcher: Launcher) -> None:
+    connected = ("mpi",) if launcher.kind == "mpi" else ("gloo", "nccl")
+    require(
+        wanted is None or wanted in connected,
+        f"--backend {wanted}",
+        f"{launcher.name}, which connects ranks by {' or '.join(connected)}",
+        "leave --backend out; threads need no launcher, mpi needs mpirun or srun, gloo and nccl "
+        "need torchrun",
+    )
+
+
 def _refuse(error: InputError, launcher: Launcher) -> None:
+    """Say what is wrong on the first rank, and end this one; nobody is connected yet."""
     rank = int(os.environ["RANK"]) if launcher.kind == "torch" else rank_in(os.environ)
     if rank == 0:
         click.echo(str(error), err=True)
+    else:
+        # A launcher ends all ranks when one has ended: the first must have spoken before.
+        time.sleep(LEAVE_LATER_S)
     sys.exit(2)

@@ -51,8 +51,8 @@ NETWORKS = {
 }
 # Sleeping ranks wake up late, the more so where several share a core: so much for each step.
 WAKE_UP_S = 3e-3
-# Clocks of processes are aligned, but not to the last microsecond.
-CLOCKS = 0.9
+# The clocks of processes are aligned to a fraction of a round trip.
+CLOCKS_S = 5e-4
 ROUNDING = 1e-9
 
 
@@ -184,7 +184,7 @@ def band_of(
     steps = sum(messages_of(name, world_size, 1, ITEM_BYTES).num_steps for name in planned)
     crowd = max(1.0, world_size / (os.cpu_count() or 1))
     high_s = predicted_s * (1 + slack) + steps * WAKE_UP_S * crowd
-    return low_s * CLOCKS, high_s if steps else inf
+    return low_s - CLOCKS_S, high_s if steps else inf
 
 
 def check_run(report: Report, what: str, run: Run, planned: tuple[str, ...], length: int) -> None:

@@ -1,0 +1,309 @@
+"""The demos: right on every runtime and under every launcher, and honest when something differs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from comm_runtimes import MPIRUN, started_by, why_not
+
+from slimlab.cli import main
+from slimlab.comm.calibrate import Calibration, Fit, save_calibration
+from slimlab.commands.communication import DEMOS, line_about
+from slimlab.demos import collectives as collectives_demo
+from slimlab.demos import common, dialled_network, hello, ping_pong, ring_all_reduce
+from slimlab.demos.common import load_demo
+from slimlab.demos.measure import num_wrong, spread_text
+from slimlab.demos.report import Report, short, size_text, time_text
+
+ROOT = Path(__file__).resolve().parents[1]
+# Short, and without a limit on seconds where they are measured.
+SMALL = {
+    "hello": [],
+    "ping_pong": ["--max-bytes", "4096", "--trips", "2"],
+    "ring_all_reduce": ["--elements", "11", "--repeats", "1"],
+    "collectives": ["--elements", "7"],
+    "dialled_network": ["--elements", "50", "--repeats", "1", "--slack", "1e6"],
+}
+LEAST = {"ping_pong": 2}
+LAUNCHERS = {
+    "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc-per-node", "2"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMLAB_CACHE", str(tmp_path / "cache"))
+
+
+def invoke(name, *arguments):
+    return CliRunner().invoke(load_demo(name), [*SMALL[name], *map(str, arguments)])
+
+
+def last_line(output):
+    return json.loads(output.splitlines()[-1])
+
+
+def test_there_is_a_demo_for_every_module_and_a_name_for_every_demo():
+    folder = ROOT / "slimlab" / "demos"
+    helpers = {"__init__", "common", "measure", "report"}
+    assert {path.stem for path in folder.glob("*.py")} - helpers == set(DEMOS)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", DEMOS)
+def test_every_demo_agrees_with_its_prediction_on_threads(name, world_size):
+    result = invoke(name, "--ranks", world_size, "--json")
+    if world_size < LEAST.get(name, 1):
+        assert result.exit_code == 2
+        assert "at least 2 ranks" in result.output
+        return
+    assert result.exit_code == 0, result.output
+    found = last_line(result.output)
+    assert (found["demo"], found["backend"]) == (name, "threads")
+    assert (found["world_size"], found["agrees"]) == (world_size, True)
+    assert len(found["checks"]) >= 4
+    assert all(check["agrees"] for check in found["checks"])
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+@pytest.mark.parametrize("name", DEMOS)
+def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
+    if reason := why_not(runtime):
+        pytest.skip(reason)
+    with started_by(runtime) as backend:
+        result = invoke(name, "--ranks", 2, "--backend", backend, "--json")
+    assert result.exit_code == 0, result.output
+    found = last_line(result.output)
+    assert (found["backend"], found["world_size"]) == (backend, 2)
+    assert found["agrees"]
+
+
+@pytest.mark.parametrize("name", ["hello", "ring_all_reduce"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
+    if launcher == "mpirun" and (reason := why_not("mpich")):
+        pytest.skip(reason)
+    command = [*LAUNCHERS[launcher], "-m", f"slimlab.demos.{name}"]
+    result = subprocess.run(
+        [*command, *SMALL[name], "--ranks", "2", "--json"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith(f"{name}: 2 ranks") for line in lines) == 1
+    found = last_line(result.stdout)
+    assert found["backend"] == {"mpirun": "mpi", "torchrun": "gloo"}[launcher]
+    assert (found["world_size"], found["agrees"]) == (2, True)
+
+
+def more_traffic(real):
+    return lambda algorithm, world_size, num_elements, item_bytes, **options: real(
+        algorithm, world_size, num_elements + 2 * world_size, item_bytes, **options
+    )
+
+
+SABOTAGE = {
+    "hello": (hello, "greeting_bytes", lambda real: lambda world_size: [9] * world_size),
+    "ping_pong": (ping_pong, "predicted_traffic", lambda real: lambda sizes, trips: (1, 2)),
+    "ring_all_reduce": (ring_all_reduce, "messages_of", more_traffic),
+    "collectives": (collectives_demo, "messages_of", more_traffic),
+    "dialled_network": (dialled_network, "alpha_beta_s", lambda real: lambda *_: 1.0),
+}
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_whose_prediction_is_wrong_ends_with_exit_code_1(name, monkeypatch):
+    module, attribute, wrong = SABOTAGE[name]
+    monkeypatch.setattr(module, attribute, wrong(getattr(module, attribute)))
+    result = invoke(name, "--ranks", 2, "--json")
+    assert result.exit_code == 1, result.output
+    assert "DISAGREE" in result.output
+    found = last_line(result.output)
+    assert found["agrees"] is False
+    assert not all(check["agrees"] for check in found["checks"])
+
+
+def test_a_demo_whose_result_is_wrong_on_one_rank_ends_with_exit_code_1(monkeypatch):
+    real = ring_all_reduce.ring_all_reduce
+
+    def wrong(comm, tensor, **options):
+        total = real(comm, tensor, **options)
+        return total + 1 if comm.rank == 1 else total
+
+    monkeypatch.setattr(ring_all_reduce, "ring_all_reduce", wrong)
+    result = invoke("ring_all_reduce", "--ranks", 3, "--json")
+    assert result.exit_code == 1
+    unlike = last_line(result.output)["checks"][0]
+    assert unlike["measured"] == [0, 11, 0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "given"),
+    [
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["--ranks", "3"], "has started 2"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, ["--ranks", "2"], "started 4"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["--backend", "gloo"], "connects ranks by mpi"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["--ranks", "4"], "torchrun has started 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["--backend", "threads"], "by gloo or nccl"),
+    ],
+)
+def test_other_ranks_than_the_launcher_started_are_refused(
+    environment, arguments, given, monkeypatch
+):
+    if "RANK" in environment:
+        environment = environment | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("hello", *arguments)
+    assert result.exit_code == 2
+    assert given in result.output
+    assert f"asked for: {' '.join(arguments)}" in result.output
+
+
+def test_only_the_first_rank_says_why_it_is_refused(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setattr(common, "LEAVE_LATER_S", 0.0)
+    result = invoke("hello", "--ranks", 3)
+    assert (result.exit_code, result.output) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--ranks", "0"], ["--ranks", "1000"], ["--timeout", "0"], ["--timeout", "nan"],
+     ["--backend", "smoke"], ["--ranks", "two"]],
+)  # fmt: skip
+def test_bad_options_end_with_exit_code_2(arguments):
+    assert invoke("hello", *arguments).exit_code == 2
+
+
+def test_a_program_that_raises_ends_with_exit_code_1_and_its_rank(monkeypatch):
+    def broken(world_size):
+        raise RuntimeError("no prediction today")
+
+    monkeypatch.setattr(hello, "greeting_bytes", broken)
+    result = invoke("hello", "--ranks", 2)
+    assert result.exit_code == 1
+    assert "raised RuntimeError: no prediction today" in result.output
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_help_has_a_command_line_for_every_launcher(name):
+    result = CliRunner().invoke(main, ["demo", name, "--help"])
+    assert result.exit_code == 0
+    for line in (
+        f"slimlab demo {name} ",
+        f"mpirun -n {2 if name == 'ping_pong' else 4} python -m slimlab.demos.{name}",
+        f"torchrun --nproc-per-node {2 if name == 'ping_pong' else 4} -m slimlab.demos.{name}",
+    ):
+        assert f"\n      {line}" in result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+
+
+def test_every_option_of_a_demo_is_explained():
+    for name in DEMOS:
+        assert all(one.help for one in load_demo(name).params)
+
+
+def test_demo_alone_lists_all_of_them_in_a_line_each():
+    result = CliRunner().invoke(main, ["demo"])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines] == list(DEMOS)
+    assert all(line_about(name) in line for name, line in zip(DEMOS, lines))
+    assert max(map(len, lines)) <= 100
+
+
+def test_an_unknown_demo_lists_those_there_are():
+    result = CliRunner().invoke(main, ["demo", "farewell"])
+    assert result.exit_code == 2
+    assert all(name in result.output for name in DEMOS)
+
+
+def test_slimlab_demo_passes_options_and_exit_code_on(monkeypatch):
+    result = CliRunner().invoke(main, ["demo", "hello", "--ranks", "3", "--json"])
+    assert (result.exit_code, last_line(result.output)["world_size"]) == (0, 3)
+    monkeypatch.setattr(hello, "greeting_bytes", lambda world_size: [])
+    assert CliRunner().invoke(main, ["demo", "hello"]).exit_code == 1
+    assert CliRunner().invoke(main, ["demo", "ping_pong", "--ranks", "1"]).exit_code == 2
+
+
+def test_seconds_are_predicted_once_the_machine_is_calibrated():
+    assert "slimlab calibrate lets" in invoke("ring_all_reduce").output
+    line = Fit(1e-3, 1e-9, (0.5, 2.0))
+    save_calibration(
+        Calibration(
+            backend="threads", alpha_s=1e-3, beta_s_per_byte=1e-9, gamma_s_per_byte=0.0,
+            band=(0.5, 2.0), exchange=line, combine_band=(1.0, 1.0), sizes_bytes=(8,),
+            seconds=(1e-3,), library="threads", machine={"host": "here", "cores": 2},
+            versions={}, date="2030-01-02T03:04:05+00:00",
+        )
+    )  # fmt: skip
+    result = invoke("ring_all_reduce", "--ranks", 2, "--elements", 0, "--json")
+    assert "kept on 2030-01-02" in result.output
+    # Two steps of alpha, no bytes.
+    assert "2 ms (1 ms to 4 ms)" in result.output
+    assert last_line(result.output)["predicted_s"] == pytest.approx(2e-3)
+
+
+def test_the_model_is_a_band_on_processes_and_a_number_on_threads():
+    ring = ("ring_all_reduce",)
+    low, high = dialled_network.band_of(1.0, ring, 4, None)
+    assert low < 1.0 < high < 1.0 + 1e-8
+    assert low > 1.0 - 1e-8
+    doubling = ("recursive_doubling_all_reduce",)
+    assert dialled_network.band_of(1.0, doubling, 3, None)[0] == 0.0
+    low, high = dialled_network.band_of(1.0, ring, 4, 0.5)
+    assert 0.99 < low < 1.0
+    assert high > 1.5
+
+
+def test_a_report_without_checks_does_not_agree():
+    report = Report("none", "threads", 1)
+    assert not report.agrees
+    report.check("numbers", [1, 2], [1, 2])
+    assert report.agrees
+    report.check("words", "ring", "tree")
+    assert not report.agrees
+    assert "1 of 2 checks DISAGREE: words" in report.text()
+    assert json.loads(report.json())["checks"][1]["measured"] == "tree"
+
+
+def test_many_checks_are_shown_only_where_they_disagree():
+    report = Report("many", "threads", 1)
+    for number in range(20):
+        report.check(f"number {number}", number, number if number != 7 else 8)
+    assert "number 7  7" in report.text()
+    assert "number 8" not in report.text()
+
+
+def test_numbers_are_written_as_people_read_them():
+    assert short([3, 3, 3]) == "3 on each rank"
+    assert short([1, 2, 3, 4, 5]) == "1, 2, 3, 4, ..."
+    assert (short([7]), short([]), short(12345), short("ring")) == ("7", "none", "12,345", "ring")
+    assert [time_text(s) for s in (0, 1e-6, 9.996e-4, 0.25, 61.2)] == [
+        "0 µs", "1 µs", "1 ms", "250 ms", "61.2 s",
+    ]  # fmt: skip
+    assert [size_text(n) for n in (8, 1024, 1025, 2**22)] == ["8 B", "1 KiB", "1,025 B", "4 MiB"]
+    assert spread_text([1.0, 2.0, 3.0, 4.0, 100.0]) == "3 s (2 s to 4 s)"
+    assert spread_text([0.5]) == "500 ms"
+
+
+def test_every_element_of_a_tensor_of_another_shape_is_wrong():
+    x = torch.arange(4.0)
+    assert num_wrong(x, x.clone()) == 0
+    assert num_wrong(x, torch.tensor([0.0, 1.0, 2.0, 4.0])) == 1
+    assert num_wrong(x, torch.arange(3.0)) == 4
+    assert num_wrong(x, x.double()) == 4
+    assert (num_wrong(None, None), num_wrong(None, x), num_wrong(x, None)) == (0, 1, 1)
