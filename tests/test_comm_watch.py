@@ -3,6 +3,7 @@
 The table of cases is in failure_cases; the last tests here are the parts it rests on.
 """
 
+import json
 import os
 import re
 import socket
@@ -181,6 +182,21 @@ def test_a_collective_is_stuck_only_for_ranks_that_came_too_late():
     assert stuck_ranks(ranks) == {}
 
 
+def test_a_rank_that_has_come_to_another_collective_releases_nobody():
+    ranks = [
+        standing(name="barrier"),
+        standing(name="recv", source=(0, 0)),
+    ]
+    for rank in ranks:
+        rank.counts.come[None] = 1
+    ranks[1].counts.last[None] = "barrier()"
+    assert stuck_ranks(ranks) == {}
+    ranks[1].counts.last[None] = "all_reduce(float32 (2,), op=sum)"
+    hint = stuck_ranks(ranks)[0]
+    assert hint.differs
+    assert hint.text == "rank 1 has begun all_reduce(float32 (2,), op=sum), rank 0 barrier()"
+
+
 def test_groups_of_other_ranks_do_not_matter():
     ranks = [
         standing(name="barrier", group=(0, 1)),
@@ -209,7 +225,11 @@ def test_counts_survive_their_journey():
     assert counts.asked == {(1, 2, group): 1, (0, 1, None): 1}
     assert counts.received == {(0, 1, None): 1}
     assert counts.come == counts.gone == {group: 1}
-    assert vars(Counts.from_lists(counts.as_lists())) == vars(counts)
+    assert counts.last == {group: Call("barrier", group=group)}
+    again = Counts.from_lists(json.loads(json.dumps(counts.as_lists())))
+    assert again.last == {group: "barrier() in group (1, 3)"}
+    counts.last = again.last
+    assert vars(again) == vars(counts)
 
 
 def test_a_started_collective_is_done_when_it_was_waited_for():

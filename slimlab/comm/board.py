@@ -29,7 +29,7 @@ FRESH_S = 0.7
 class Verdict:
     """What went wrong.
 
-    kind     "raised", "ended", "deadlock" or "waited"
+    kind     "raised", "ended", "deadlock", "mismatch", "waited" or "timeout"
     message  for the reader
     rank     that began it, if one did
     error    name of the exception's class, if one was raised
@@ -138,14 +138,16 @@ class Board:
             if now_s - one.heard_s > FRESH_S or now_s - one.since_s < needed_s:
                 return None
         going = [rank for rank, one in enumerate(self.standings) if one.going_on]
-        which = "every rank that has not finished waits"
+        kind, which = "deadlock", "deadlock: every rank that has not finished waits"
         if len(stuck) < len(going):
-            which = f"rank {', '.join(map(str, stuck))} wait{'s' * (len(stuck) == 1)}"
+            which = f"deadlock: rank {', '.join(map(str, stuck))} wait{'s' * (len(stuck) == 1)}"
+        if any(one.differs for one in stuck.values()):
+            kind, which = "mismatch", "the ranks called different collectives, and each waits"
         hints = [one.text for one in stuck.values()]
         hints += [hint for rank in stuck for hint in mail_hints(rank, self.standings)]
         table = standings_table(self.standings, now_s)
-        message = f"deadlock: {which} for what can no longer come\n{table}\n"
-        return Verdict("deadlock", message + "\n".join(dict.fromkeys(hints)))
+        message = f"{which} for what can no longer come\n{table}\n"
+        return Verdict(kind, message + "\n".join(dict.fromkeys(hints)))
 
     def table(self, now_s: float) -> str:
         """Tabulate what every rank does, and name the odd ones.

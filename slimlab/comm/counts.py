@@ -26,6 +26,7 @@ class Counts:
     received  receives done, by src, tag and group
     come      collectives begun, by group
     gone      collectives done, by group
+    last      the collective that was begun last, by group
     """
 
     def __init__(self):
@@ -34,6 +35,7 @@ class Counts:
         self.received: Counter[Key] = Counter()
         self.come: Counter[Group] = Counter()
         self.gone: Counter[Group] = Counter()
+        self.last: dict[Group, object] = {}
 
     def begin(self, call) -> None:
         """Count what a call begins.
@@ -46,6 +48,7 @@ class Counts:
             self.asked[*call.source, call.group] += 1
         if _is_collective(call) and call.name != "wait":
             self.come[call.group] += 1
+            self.last[call.group] = call
 
     def end(self, call) -> None:
         """Count what a call has done.
@@ -69,9 +72,9 @@ class Counts:
         """Return the counts as JSON can hold them; None: there are too many."""
         if sum(map(len, vars(self).values())) > MAX_KEYS:
             return None
-        return {
-            name: [[key, n] for key, n in kind.copy().items()] for name, kind in vars(self).items()
-        }
+        kinds = {name: kind.copy() for name, kind in vars(self).items()}
+        kinds["last"] = {group: str(call) for group, call in kinds["last"].items()}
+        return {name: [[key, n] for key, n in kind.items()] for name, kind in kinds.items()}
 
     @classmethod
     def from_lists(cls, lists: dict[str, list]) -> "Counts":
@@ -84,7 +87,7 @@ class Counts:
             kind = getattr(counts, name)
             for (rank, tag, group), n in lists[name]:
                 kind[rank, tag, None if group is None else tuple(group)] = n
-        for name in ("come", "gone"):
+        for name in ("come", "gone", "last"):
             kind = getattr(counts, name)
             for group, n in lists[name]:
                 kind[None if group is None else tuple(group)] = n

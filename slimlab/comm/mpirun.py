@@ -44,6 +44,7 @@ LIBRARIES = ("libmpi.so.12", "libmpi.so.40", "libmpi.12.dylib", "libmpi.40.dylib
 # mpirun tidies up after itself if it is given the time.
 TIDY_S = 1.0
 WAIT_S = 0.05
+MAX_FOLDER_LETTERS = 80
 
 
 def why_no_mpi() -> str | None:
@@ -113,7 +114,7 @@ def _start_stubs(run: Run, task: Task) -> list[tuple[socket.socket, dict, list[i
     """Start mpirun, and return every stub's line, environment and open files."""
     environment = {x: y for x, y in os.environ.items() if "_MCA_" in x or not x.startswith(FOREIGN)}
     with (
-        tempfile.TemporaryDirectory(prefix="slimlab-") as folder,
+        tempfile.TemporaryDirectory(prefix="slimlab-", dir=_short_folder()) as folder,
         socket.socket(socket.AF_UNIX) as listener,
         tempfile.TemporaryFile() as said,
     ):
@@ -138,6 +139,12 @@ def _start_stubs(run: Run, task: Task) -> list[tuple[socket.socket, dict, list[i
             elif mpirun.poll() is not None or time.monotonic() > deadline_s:
                 raise _not_started(task, mpirun, said)
         return lines
+
+
+def _short_folder() -> str:
+    # The name of such a socket may have about a hundred letters.
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= MAX_FOLDER_LETTERS else "/tmp"
 
 
 def _not_started(task: Task, mpirun: subprocess.Popen, said: BinaryIO) -> CommunicationError:

@@ -48,12 +48,9 @@ class RankProcess:
         if self.pid is None or self.ended is not None:
             return
         try:
-            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self.ended = _end_of(self.pid)
         except ChildProcessError:  # somebody else has waited for it
-            self.ended = "has ended"
-            return
-        if found is not None:
-            self.ended = how_it_ended(found.si_code == os.CLD_EXITED, found.si_status)
+            self.ended = "ended without a word"
 
     def kill(self) -> None:
         """End the process and all that it has started, and take the zombie away."""
@@ -108,20 +105,30 @@ class Run:
         """
         one, lines = self.add(rank)
         parent, python_state = os.getpid(), random.getstate()
-        with warnings.catch_warnings():
-            # Other threads run in a notebook's kernel. The fork uses none of what they may hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            one.pid = os.fork()
-        if one.pid == 0:
-            for mine in self.ranks.values():
-                mine.channel.close()
-                for output in mine.outputs:
-                    os.close(output.fileno())
-            for number in others:
-                os.close(number)
-            random.setstate(python_state)  # Python seeds anew after a fork
-            run_forked(task, rank, lines, env, parent)
+        # An interrupt in the fork would come out of run_ranks there too.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with warnings.catch_warnings():
+                # A notebook's kernel has other threads. The fork uses none of what they may hold.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                one.pid = os.fork()
+            if one.pid == 0:
+                self._close_here(others)
+                random.setstate(python_state)  # Python seeds anew after a fork
+                run_forked(task, rank, lines, env, parent)
+        finally:
+            if one.pid == 0:
+                os._exit(1)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         close_all(lines.all())
+
+    def _close_here(self, others: Sequence[int]) -> None:
+        """Close, in a fork, what belongs to the caller and to other ranks."""
+        for mine in self.ranks.values():
+            mine.channel.close()
+            for output in mine.outputs:
+                os.close(output.fileno())
+        close_all(others)
 
     def end(self, kindly: bool) -> None:
         """End all ranks, and what they have started.
@@ -142,6 +149,16 @@ class Run:
     def show(self) -> None:
         """Show what the ranks have written, in rank order."""
         show_outputs([self.ranks[rank].outputs for rank in sorted(self.ranks)])
+
+
+def _end_of(pid: int) -> str | None:
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        found, status = os.waitpid(pid, os.WNOHANG)
+        exited = os.WIFEXITED(status)
+        how = how_it_ended(exited, os.WEXITSTATUS(status) if exited else os.WTERMSIG(status))
+        return how if found else None
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return None if found is None else how_it_ended(found.si_code == os.CLD_EXITED, found.si_status)
 
 
 def how_it_ended(exited: bool, status: int) -> str:

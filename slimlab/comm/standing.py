@@ -13,7 +13,7 @@ from slimlab.comm.report import text_table
 # A rank reports this often; one that has not for SILENT_S neither computes in Python nor waits in a
 # call that lets other threads run.
 PERIOD_S = 0.2
-SILENT_S = 2.0
+SILENT_S = 1.0
 
 
 @dataclass

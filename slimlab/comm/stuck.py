@@ -22,10 +22,12 @@ class Hint:
     text     as messages show it
     by_send  it waits until its message is taken. A runtime that keeps the message may still let it
              go, so more time must pass before this is believed
+    differs  it is in another collective than a rank that has come
     """
 
     text: str
     by_send: bool = False
+    differs: bool = False
 
 
 def stuck_ranks(standings: list[Standing]) -> dict[int, Hint]:
@@ -109,17 +111,20 @@ def _reason(rank: int, standings: list[Standing], still: set[int]) -> Hint | Non
 def _reason_of_collective(rank: int, standings: list[Standing], still: set[int]) -> Hint | None:
     one = standings[rank]
     members = range(len(standings)) if one.group is None else one.group
-    done = one.counts.gone[one.group]
-    missing = [
-        str(member)
-        for member in members
-        if member != rank and member in still and standings[member].counts.come[one.group] <= done
-    ]
-    if not missing:
-        return None
-    whose = "" if one.group is None else f" of group {short_group(one.group)}"
-    name = one.call.partition("(")[0] if one.name != "wait" else one.call
-    return Hint(f"{name}: every rank{whose} must call it; missing: rank {', '.join(missing)}")
+    come, done = one.counts.come[one.group], one.counts.gone[one.group]
+    others = [member for member in members if member != rank and member in still]
+    missing = [str(other) for other in others if standings[other].counts.come[one.group] <= done]
+    if missing:
+        whose = "" if one.group is None else f" of group {short_group(one.group)}"
+        name = one.call.partition("(")[0] if one.name != "wait" else one.call
+        return Hint(f"{name}: every rank{whose} must call it; missing: rank {', '.join(missing)}")
+    for other in others:
+        counts = standings[other].counts
+        if one.name != "wait" and counts.come[one.group] == come:
+            last = counts.last.get(one.group, one.call)
+            if last != one.call:
+                return Hint(f"rank {other} has begun {last}, rank {rank} {one.call}", differs=True)
+    return None
 
 
 def _within(group: tuple[int, ...] | None) -> str:

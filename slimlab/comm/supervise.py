@@ -13,13 +13,19 @@ from slimlab.comm.board import Board, Verdict
 from slimlab.comm.channel import Channel
 from slimlab.comm.processes import REAP_S, Run
 from slimlab.comm.rank_process import Task
-from slimlab.comm.report import CommunicationError, DeadlockError, RankError, RanksTimeoutError
+from slimlab.comm.report import (
+    CommunicationError,
+    DeadlockError,
+    MismatchError,
+    RankError,
+    RanksTimeoutError,
+)
 from slimlab.comm.shipping import unpack
 from slimlab.config import InputError
 
 # How long the caller waits at a time; what a rank sends, and its end, are noticed at once.
 WAIT_S = 0.1
-ERRORS = {"deadlock": DeadlockError, "timeout": RanksTimeoutError}
+ERRORS = {"deadlock": DeadlockError, "mismatch": MismatchError, "timeout": RanksTimeoutError}
 
 
 def run_in_processes(task: Task, start: Callable[["Run", Task], None]) -> tuple[list, list]:
