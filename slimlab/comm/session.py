@@ -8,8 +8,10 @@ MPI's programs need MPI_Abort for the first, and know nothing of the second.
 """
 
 import atexit
+import importlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -66,6 +68,9 @@ def look_after(
             watch.farewell()
 
     sys.excepthook = fail
-    atexit.register(finish)
+    # Python shuts down executors of threads, which close() may need, before it calls what atexit
+    # has registered; what is registered here is called before that.
+    importlib.import_module("concurrent.futures.thread")
+    getattr(threading, "_register_atexit", atexit.register)(finish)
     if watch is not None:
         watch.begin(comm.progress)
