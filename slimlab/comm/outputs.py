@@ -54,11 +54,9 @@ class Output:
         stream  where to
         """
         head, tail = (part.decode(errors="replace") for part in (self._head, self._tail))
-        lines = head.splitlines() if self._left_out else (head + tail).splitlines()
+        lines = _lines(head) if self._left_out else _lines(head + tail)
         if self._left_out:
-            lines += [f"... {self._left_out:,} bytes left out ...", *tail.splitlines()]
-        # A progress bar writes over its own line again and again: the last state is what remains.
-        lines = [line.rpartition("\r")[2] for line in lines]
+            lines += [f"... {self._left_out:,} bytes left out ...", *_lines(tail)]
         if lines:
             stream.write("".join(f"{prefix}{line}\n" for line in lines))
 
@@ -70,6 +68,12 @@ class Output:
         if surplus > 0:
             del self._tail[:surplus]
             self._left_out += surplus
+
+
+def _lines(text: str) -> list[str]:
+    # A progress bar writes over its own line again and again: the last state is what remains.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.rstrip("\r").rpartition("\r")[2] for line in lines]
 
 
 def show_outputs(outputs: list[tuple[Output, Output]]) -> None:

@@ -36,6 +36,8 @@ def why_no_fork(backend: str) -> str | None:
         return "forks are safe on Linux only"
     if torch.cuda.is_initialized():
         return "this process uses a GPU, which its forks cannot"
+    if backend != "mpi" and torch.distributed.is_initialized():
+        return "this process is connected by torch.distributed, as its forks would seem to be"
     mpi = sys.modules.get("mpi4py.MPI")
     if backend == "mpi" and mpi is not None and mpi.Is_initialized():
         return "this process has started MPI, which its forks cannot"

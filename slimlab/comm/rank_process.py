@@ -15,6 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -104,6 +105,7 @@ def run_spawned() -> None:
 def _become_rank(lines: Lines, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _die_with(parent)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((nothing, 0), (lines.out, 1), (lines.err, 2)):
@@ -127,14 +129,16 @@ def _die_with(parent: int) -> None:
 
 def _run(task: Task, rank: int, lines: Lines) -> None:
     watch = Watch(Channel(socket.socket(fileno=lines.channel)), rank, must_last=True)
-    line = None
+    line, pid = None, os.getpid()
     try:
         comm = _connect(task, rank, watch)
         result = task.program(comm, *task.args)
+        _end_if_forked(pid)
         line = "the end of its program"
         comm.close()
         blob = _packed((result, comm.ledger), rank)
     except BaseException as error:  # sys.exit() too: nobody else would say a word of it
+        _end_if_forked(pid, error)
         _flush()
         text = traceback.format_exc()
         watch.raised(error, text, _packed_error(error), line)
@@ -147,6 +151,20 @@ def _run(task: Task, rank: int, lines: Lines) -> None:
         end_mpi()
     watch.farewell()
     os._exit(0)
+
+
+def _end_if_forked(pid: int, error: BaseException | None = None) -> None:
+    """End a process that the program has forked and that came out of it, as Python ends others."""
+    if os.getpid() == pid:
+        return
+    code = error.code if isinstance(error, SystemExit) else int(error is not None)
+    if error is not None and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    _flush()
+    os._exit((code or 0) & 0xFF)
 
 
 def _connect(task: Task, rank: int, watch: Watch) -> Communicator:
@@ -186,7 +204,6 @@ def _packed_error(error: BaseException) -> bytes:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        # A program may have closed it, or have put nothing into its place.
+        with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-        except OSError:
-            continue

@@ -8,10 +8,11 @@ after a time limit, with its debug level set to DETAIL.
 """
 
 import linecache
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, FrameType, TracebackType
 
-LIBRARIES = ("slimlab", "torch", "numpy", "threading", "contextlib")
+LIBRARIES = sys.stdlib_module_names | {"slimlab", "torch", "numpy"}
 
 
 class CommunicationError(RuntimeError):
@@ -78,7 +79,7 @@ def frames_of(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
     frame  the innermost frame
     """
     while frame is not None:
-        yield frame, frame.f_lineno
+        yield frame, _line_of(frame, frame.f_lineno)
         frame = frame.f_back
 
 
@@ -89,9 +90,14 @@ def frames_of_traceback(traceback: TracebackType | None) -> list[tuple[FrameType
     """
     steps = []
     while traceback is not None:
-        steps.append((traceback.tb_frame, traceback.tb_lineno))
+        steps.append((traceback.tb_frame, _line_of(traceback.tb_frame, traceback.tb_lineno)))
         traceback = traceback.tb_next
     return steps[::-1]
+
+
+def _line_of(frame: FrameType, line: int | None) -> int:
+    # Between two lines of a program Python may be at none.
+    return frame.f_code.co_firstlineno if line is None else line
 
 
 def described(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -21,9 +21,14 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from slimlab.comm.base import Communicator
+
 
 class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, thing):
+        if isinstance(thing, Communicator):
+            # Unpickling one of MPI's would start MPI in the process of the caller.
+            raise TypeError("it holds a communicator, which belongs to its rank")
         if isinstance(thing, Tensor) and thing.device.type not in ("cpu", "meta"):
             # Whoever unpickles it may have no such device, or must not start to use it.
             return thing.detach().cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
