@@ -131,8 +131,9 @@ def _(student, numbers):
 def _(student, numbers):
     function = function_of(student, "is_right_for")
     for world_size in (2, 3, 4, 6, 1, 8, 9, 10, 12, 16, 5, 7):
-        weights = weights_of(given_mean, world_size)
-        right = bool((weights - 1 / world_size).abs().max() < 1e-12)
+        brought = [torch.tensor(2.0**rank).double() for rank in range(world_size)]
+        found = run_ranks(lambda comm: given_mean(comm, brought[comm.rank]), world_size)[0]  # noqa: B023
+        right = bool((found - sum(brought) / world_size).abs() < 1e-9)
         look = "when two ranks that meet have always heard of equally many"
         saw = function(world_size)
         is_bool = isinstance(saw, bool)
