@@ -17,7 +17,7 @@ from slimlab.comm.launch import RankResults, run_ranks
 from slimlab.comm.ledger import PayloadLedger
 from slimlab.comm.links import Network
 from slimlab.comm.network import dialled
-from slimlab.comm.report import CommunicationError, DeadlockError, RankError
+from slimlab.comm.report import CommunicationError, DeadlockError, RankError, RanksTimeoutError
 
 MESSAGE_TIMES = Network(0.0, overhead_s=1.0)
 MAX_ROWS, MAX_HINTS, MAX_LINE = 4, 2, 104
@@ -49,7 +49,10 @@ def run(program: Callable, world_size: int, what: str, *, eager_bytes: int | Non
         *lines, change = str(error).splitlines()
         shown = [_short(re.sub(" {2,}", "  ", one)) for one in lines[: MAX_ROWS + 1]]
         saw = "\n".join([f"{what}: {shown[0]}", *shown[1:]])
-        raise CheckFailed(saw, ENDED, change.removeprefix("change: ")) from None
+        look = change.removeprefix("change: ")
+        if isinstance(error, RanksTimeoutError):
+            look = "a loop without an end, at the line of the rank that computes"
+        raise CheckFailed(saw, ENDED, look) from None
 
 
 def on_ranks(
