@@ -5,8 +5,11 @@ the message is an error; a program started from outside (by mpirun or torchrun) 
 file is that program:
 
     mpirun -n 2 python tests/failure_cases.py raises
+
+Without a name it measures all of them, for the docs.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -31,6 +34,8 @@ from slimlab.comm.report import (
 
 # Of the time limit itself, where nothing but the limit can tell.
 TIMEOUT_S = 2.0
+# The time limit of run_ranks holds for the start too, which takes longer on a busy machine.
+START_S = {"threads": 0.0, "gloo": 0.5, "mpich": 1.0, "openmpi": 3.0}
 # Of all others, which must be found before; starting three ranks of Open MPI takes two seconds.
 LATE_S = 30.0
 PROCESSES = ("gloo", "mpich", "openmpi")
@@ -266,10 +271,11 @@ def run_case(name: str, runtime: str) -> tuple[BaseException | None, float]:
     """Run a case under run_ranks; returns what it raised, and after how many seconds."""
     case, start_s = CASES[name], time.monotonic()
     options = {"eager_bytes": 2**16} if runtime == "threads" else {}
+    timeout_s = case.timeout_s + START_S[runtime]
     try:
         with started_by(runtime) as backend:
             run_ranks(
-                case.program, case.world_size, backend=backend, timeout_s=case.timeout_s, **options
+                case.program, case.world_size, backend=backend, timeout_s=timeout_s, **options
             )
     except CommunicationError as error:
         return error, time.monotonic() - start_s
@@ -306,6 +312,29 @@ def environment(launcher: str) -> dict[str, str]:
     return os.environ | {"MPI4PY_MPIABI": "openmpi", "LD_LIBRARY_PATH": str(libraries)}
 
 
+def table() -> str:
+    """Measure every case on every runtime that it is tested on: seconds to the end, as Markdown."""
+    launchers = [*EVERYWHERE, *OUTSIDE]
+    lines = [" | ".join(["", "what goes wrong", *launchers, ""]).strip()]
+    lines.append("|".join(["", "---", *["---:"] * len(launchers), ""]))
+    for name, case in CASES.items():
+        seconds = [
+            f"{run_case(name, runtime)[1]:.1f}" if runtime in case.runtimes else "\u2013"
+            for runtime in EVERYWHERE
+        ]
+        seconds += [
+            f"{run_outside(name, launcher)[1]:.1f}" if launcher in case.outside else ""
+            for launcher in OUTSIDE
+        ]
+        lines.append(" | ".join(["", case.what, *seconds, ""]).strip())
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    case = CASES[sys.argv[1]]
-    case.program(connect(timeout_s=case.timeout_s if case.timeout_s < LATE_S else 20.0))
+    if len(sys.argv) > 1:
+        case = CASES[sys.argv[1]]
+        case.program(connect(timeout_s=case.timeout_s if case.timeout_s < LATE_S else 20.0))
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            text = table()
+        print(text)
