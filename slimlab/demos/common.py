@@ -8,7 +8,6 @@ be. Production programs know one launcher, and end with 0 as long as nothing rai
 """
 
 import inspect
-import math
 import os
 import sys
 import time
@@ -90,8 +89,8 @@ def demo_command(
         number("--ranks", int, None, f"How many; default: {ranks}, or what the launcher started."),
         click.option("--backend", type=click.Choice(BACKENDS),
                      help="Default: threads, or what the launcher connects."),
-        number("--timeout", float, TIMEOUT_S, "Seconds until ranks that wait are ended.",
-               "timeout_s"),
+        number("--timeout", click.FloatRange(0.1, 86_400), TIMEOUT_S,
+               "Seconds until ranks that wait are ended.", "timeout_s"),
         click.option("--json", "as_json", is_flag=True, help="End with a line of JSON."),
     ]  # fmt: skip
     for one in reversed([*options, *common]):
@@ -126,12 +125,6 @@ def run_demo(
     Raises what run_ranks and connect raise.
     """
     launcher = launcher_of(os.environ)
-    require(
-        math.isfinite(timeout_s) and timeout_s > 0,
-        "--timeout: a positive number of seconds",
-        f"{timeout_s:g}",
-        f"leave it out for {TIMEOUT_S:g}",
-    )
     if launcher.kind == "alone":
         world_size = default if world_size is None else world_size
         _check_least(world_size, least)
