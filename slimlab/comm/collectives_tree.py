@@ -45,7 +45,7 @@ def binomial_broadcast(
     Raises InputError for arguments that do not fit.
     """
     out, flat = _start("binomial_broadcast", comm, tensor, src, out)
-    parent, children = _family((comm.rank - src) % comm.world_size, comm.world_size)
+    parent, children = parent_and_children((comm.rank - src) % comm.world_size, comm.world_size)
     if parent is not None:
         comm.recv((parent + src) % comm.world_size, TAG, out=flat)
     for child in children:
@@ -86,7 +86,7 @@ def binomial_reduce(
     check_out(name, out, tensor.shape, tensor)
     check_apart(name, tensor, out, may_be_same=True)
     held = tensor.detach().reshape(-1)
-    parent, children = _family((comm.rank - dst) % comm.world_size, comm.world_size)
+    parent, children = parent_and_children((comm.rank - dst) % comm.world_size, comm.world_size)
     if children:
         work = scratch(name, work, held.numel(), held)[: held.numel()]
     if out is None or parent is not None:
@@ -143,10 +143,14 @@ def scatter_ring_broadcast(
     return out
 
 
-def _family(place: int, world_size: int) -> tuple[int | None, list[int]]:
-    """Return the parent of a place in the tree and its children, who joined first standing first.
+def parent_and_children(place: int, world_size: int) -> tuple[int | None, list[int]]:
+    """Return whom a place in the binomial tree hears from in a broadcast, and whom it tells.
 
     The place joined at the distance of its highest bit; later distances are its children's.
+
+    place       counted from the root, which stands at place 0
+    world_size  number of places
+    returns     the parent, None for the root; the children, who joined first standing first
     """
     parent = place - largest_power_of_two(place) if place else None
     distances = [1 << bit for bit in range(place.bit_length(), world_size.bit_length())]
