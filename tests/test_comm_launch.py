@@ -177,14 +177,24 @@ def test_output_that_never_ends_holds_up_nobody():
     output.close()
 
 
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_what_a_rank_has_started_ends_with_it():
     def program(comm):
         child = subprocess.Popen(["sleep", "600"])
         comm.barrier()
         return child.pid
 
-    for pid in run(program):
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+    pids = run(program)
+    deadline_s = time.monotonic() + SOON_S
+    while any(map(runs, pids)) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not any(map(runs, pids))
 
 
 def test_ranks_see_the_callers_memory_and_change_only_their_own():
@@ -387,9 +397,7 @@ def script(path, text):
 def test_what_mpirun_says_is_passed_on_if_it_does_not_start_the_ranks(tmp_path, monkeypatch):
     mpirun_of = script(tmp_path / "mpirun", "echo no slots are left >&2; exit 3")
     monkeypatch.setenv("SLIMLAB_MPIRUN", mpirun_of)
-    with pytest.raises(
-        CommunicationError, match="exit status 3 before 2 ranks"
-    ) as caught:
+    with pytest.raises(CommunicationError, match="exit status 3 before 2 ranks") as caught:
         run_ranks(lambda comm: None, 2, backend="mpi")
     assert str(caught.value).endswith("no slots are left")
     monkeypatch.setenv("SLIMLAB_MPIRUN", script(tmp_path / "mpirun", "exec sleep 600"))

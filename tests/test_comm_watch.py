@@ -260,6 +260,37 @@ def test_a_deadlock_is_believed_only_after_all_have_stood_still():
     assert board.verdict(101.1).kind == "deadlock"
 
 
+HELLO = {"kind": "hello", "rank": 0, "pid": 1, "host": "elsewhere", "memory": None}
+
+
+def test_a_rank_that_waits_too_long_names_the_one_that_it_waits_for():
+    board = Board(3, 5.0)
+    for rank in (0, 1):
+        board.take(rank, HELLO, b"", 10.0)
+    board.take(0, row("starts", "", for_s=4.0), b"", 14.0)
+    assert board.verdict(14.5) is None
+    message = board.verdict(15.5).message
+    assert message.startswith("rank 0 has waited 5 s for the others to connect\n")
+    assert "2     has not come" in message
+    board.take(2, HELLO, b"", 15.0)
+    for rank in (0, 1, 2):
+        board.take(rank, row("computes", ""), b"", 16.0)
+    assert board.verdict(22.0) is None
+    board.take(0, row(for_s=6.0), b"", 22.0)
+    assert board.verdict(22.0).message.startswith("rank 0 has waited 5 s in recv(src=1, tag=0)\n")
+
+
+def test_a_rank_that_has_finished_does_not_wait_for_ever_for_one_that_computes():
+    board = Board(2, 5.0)
+    board.take(0, row("has finished", "finish()", for_s=6.0), b"", 10.0)
+    board.take(1, row("computes", ""), b"", 10.0)
+    message = board.verdict(10.0).message
+    assert message.startswith("rank 0 has waited 5 s for the others to finish\n")
+    assert "the odd one: rank 1, since the others have finished" in message
+    board.take(0, {"kind": "farewell", "interrupted": False}, b"", 10.0)
+    assert board.verdict(10.0) is None
+
+
 def raised(error, *, consequence=False):
     words = {"kind": "raised", "error": error, "type": error, "line": "line 2 of g", "ours": False}
     return words | {"traceback": "", "starts": False, "consequence": consequence}

@@ -23,6 +23,12 @@ CONSEQUENCE_S = 1.0
 STILL_S, STILL_WITH_SENDS_S = 1.0, 2.0
 # Reports older than this say nothing about now.
 FRESH_S = 0.7
+# What a rank that waits too long waits for, by its state.
+WAITING = {
+    "starts": "for the others to connect",
+    "waits": "in {call}",
+    "has finished": "for the others to finish",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Board:
         one, kind = self.standings[rank], words["kind"]
         one.heard_s = now_s
         if kind == "hello":
-            self.hellos[rank] = words
+            self.hellos[rank], one.state, one.since_s = words, "starts", now_s
         elif kind == "row" and rank not in self.raised:
             one.take(words, now_s)
         elif kind == "raised":
@@ -162,14 +168,14 @@ class Board:
         causes = {rank: one for rank, one in self.raised.items() if not one[1]["consequence"]}
         if not causes or now_s - min(one[0] for one in causes.values()) < SETTLE_S:
             return None
-        return self._raised(min(causes), now_s)
+        return self._raised(min(causes))
 
     def _verdict_of_consequence(self, now_s: float) -> Verdict | None:
         if not self.raised or now_s - min(one[0] for one in self.raised.values()) < CONSEQUENCE_S:
             return None
-        return self._raised(min(self.raised, key=lambda rank: self.raised[rank][0]), now_s)
+        return self._raised(min(self.raised, key=lambda rank: self.raised[rank][0]))
 
-    def _raised(self, rank: int, now_s: float) -> Verdict:
+    def _raised(self, rank: int) -> Verdict:
         _, words, blob = self.raised[rank]
         message = words["error"] if words["ours"] else f"rank {rank} raised {words['error']}"
         message += "" if words["ours"] else f"\nat {words['line']}"
@@ -189,18 +195,21 @@ class Board:
         if self.timeout_s is None:
             return None
         for rank, one in enumerate(self.standings):
-            if one.state == "waits" and now_s - one.since_s > self.timeout_s:
-                message = f"rank {rank} has waited {self.timeout_s:g} s in {one.call}"
-                change = (
-                    "change: look at the odd rank's line; give a larger timeout_s if it only "
-                    "needs more time"
-                )
-                return Verdict("waited", f"{message}\n{self.table(now_s)}\n{change}", rank)
+            done = rank in self.farewells or rank in self.results
+            if done or one.state not in WAITING or now_s - one.since_s <= self.timeout_s:
+                continue
+            for_what = WAITING[one.state].format(call=one.call)
+            message = f"rank {rank} has waited {self.timeout_s:g} s {for_what}"
+            change = (
+                "change: look at the odd rank's line; give a larger timeout_s if it only "
+                "needs more time"
+            )
+            return Verdict("waited", f"{message}\n{self.table(now_s)}\n{change}", rank)
         return None
 
     def _ask_the_silent(self, now_s: float) -> None:
         for rank, one in enumerate(self.standings):
             hello = self.hellos.get(rank, {})
-            silent = one.going_on and now_s - one.heard_s > SILENT_S
+            silent = one.reports and now_s - one.heard_s > SILENT_S
             if silent and hello.get("host") == socket.gethostname():
                 one.line = line_of(hello["pid"], hello["memory"]) or f"last seen at {one.line}"

@@ -13,6 +13,7 @@ long, one message says which, and all of them end.
 Production programs call MPI_Init or init_process_group, and are told less.
 """
 
+import faulthandler
 import json
 import os
 import secrets
@@ -80,10 +81,13 @@ def _alone() -> Communicator:
 def _over_mpi(launcher: Launcher, timeout_s: float, check: bool) -> Communicator:
     from slimlab.comm.mpi_start import end_mpi, start_mpi
 
+    # Nobody watches yet; if a rank does not come, the stacks of the others must do.
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
     world = start_mpi(None).COMM_WORLD
     hosts = world.gather(socket.gethostname())
     keeper = _keep(world.size, timeout_s, hosts) if world.rank == 0 else None
     keeper, hosts = world.bcast((keeper, hosts))
+    faulthandler.cancel_dump_traceback_later()
     _share_cores(hosts.count(hosts[world.rank]))
 
     def end() -> None:

@@ -20,8 +20,8 @@ SILENT_S = 1.0
 class Standing:
     """What is known of one rank.
 
-    state      "starts", "computes", "waits", "has finished", "has raised", "has lost another rank"
-               or "has ended"
+    state      "has not come", "starts", "computes", "waits", "has finished", "has raised", "has
+               lost another rank" or "has ended"
     call       what it waits in, as tables show it; name, source, target and group as in a
                slimlab.comm.calls.Call
     line       of its program
@@ -31,7 +31,7 @@ class Standing:
     counts     what it has begun and done; None while it computes
     """
 
-    state: str = "starts"
+    state: str = "has not come"
     call: str = ""
     name: str = ""
     source: tuple[int, int] | None = None
@@ -64,14 +64,19 @@ class Standing:
 
         now_s  on the watcher's clock
         """
-        if self.going_on and now_s - self.heard_s > SILENT_S:
+        if self.reports and now_s - self.heard_s > SILENT_S:
             return f"does not answer since {now_s - self.heard_s:.0f} s"
         return f"waits in {self.call}" if self.state == "waits" else self.state
 
     @property
-    def going_on(self) -> bool:
-        """Tell whether its program runs."""
+    def reports(self) -> bool:
+        """Tell whether it should be heard of again."""
         return self.state in ("starts", "computes", "waits")
+
+    @property
+    def going_on(self) -> bool:
+        """Tell whether its program runs, or is still to run."""
+        return self.reports or self.state == "has not come"
 
 
 def standings_table(standings: Iterable[Standing], now_s: float) -> str:
@@ -81,7 +86,7 @@ def standings_table(standings: Iterable[Standing], now_s: float) -> str:
     now_s      on the watcher's clock
     """
     rows = [(rank, one.doing(now_s), one.line) for rank, one in enumerate(standings)]
-    placeless = ("starts", "has finished")
+    placeless = ("has not come", "starts", "has finished")
     rows = [(rank, doing, "" if doing in placeless else line) for rank, doing, line in rows]
     return text_table(("rank", "state", "at"), rows)
 
@@ -96,10 +101,12 @@ def odd_ranks(standings: list[Standing]) -> str:
     waiting = {rank: one.call for rank, one in going.items() if one.state == "waits"}
     absent = [rank for rank, one in enumerate(standings) if not one.going_on]
     busy = [rank for rank in going if rank not in waiting]
+    finished = all(standings[rank].state == "has finished" for rank in absent)
+    if busy and (waiting or (absent and finished)):
+        rest = "wait" if waiting else "have finished"
+        return f"the odd one{_s(busy)}: rank {_list(busy)}, since the others {rest}"
     if not waiting:
         return ""
-    if busy:
-        return f"the odd one{_s(busy)}: rank {_list(busy)}, since the others wait"
     calls = list(waiting.values())
     common = max(dict.fromkeys(calls), key=calls.count)
     others = [rank for rank, call in waiting.items() if call != common]

@@ -56,7 +56,7 @@ class Watch:
     ):
         self._channel, self._must_last, self._end = channel, must_last, end
         self._main, self._pid = threading.get_ident(), os.getpid()
-        self._parent = os.getppid()
+        self._parent, self._start_s = os.getppid(), time.monotonic()
         self._over = threading.Event()
         self._progress: Progress | None = None
         host = socket.gethostname()
@@ -148,7 +148,8 @@ class Watch:
         row = dict.fromkeys(("name", "call"), "") | dict.fromkeys(
             ("source", "target", "group", "counts")
         )
-        row |= {"state": "starts", "line": line, "for_s": 0.0, "num_calls": 0}
+        for_s = now_s - self._start_s
+        row |= {"state": "starts", "line": line, "for_s": for_s, "num_calls": 0}
         if progress is None:
             return row
         call, since_s, num_calls = progress.call, progress.since_s, progress.num_calls
