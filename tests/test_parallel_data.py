@@ -25,10 +25,12 @@ from slimlab.comm.launch import run_ranks
 from slimlab.comm.report import CommunicationError, RankError
 from slimlab.config import InputError
 from slimlab.parallel.data import DataParallel
+from slimlab.parallel.data_local import average_weights
 from slimlab.parallel.data_replicas import broadcast_model, check_replicas
 from slimlab.parallel.data_shards import until_all_end
 from slimlab.plan.data_parallel import predict_broadcast, predict_step, shard_sizes
 from slimlab.train.objectives import IGNORE, causal_objective
+from slimlab.train.optimizer import make_optimizer
 
 WAYS = {
     "buckets": {"bucket_bytes": 1500},
@@ -300,6 +302,61 @@ def test_a_second_replica_of_one_model_works_after_the_first_was_closed():
         return comm.ledger.num_calls() - before
 
     assert run_ranks(program, 2) == [2, 2]
+
+
+def test_a_step_that_was_given_up_leaves_nothing_behind():
+    def program(comm):
+        model, calls = tiny_model(), []
+        replica = DataParallel(model, comm)
+
+        def fails_once(model, piece):
+            calls.append(piece)
+            if len(calls) == 2:
+                raise InterruptedError
+            return causal_objective(model, piece)
+
+        with pytest.raises(InterruptedError):
+            replica.gradients(my_part(comm, 0), fails_once, 1)
+        return replica.gradients(my_part(comm, 0), fails_once, 1)[1]
+
+    assert set(run_ranks(program, 2)) == {int((tiny_batch(0)[1] != IGNORE).sum())}
+
+
+def steps_alone(comm, optimizer_name, num_steps, averages_weights):
+    """Weights after steps with averaged gradients, or after steps alone and averaging."""
+    model = nn.Linear(3, 1, bias=False).double()
+    broadcast_model(model, comm)
+    optimizer = make_optimizer(optimizer_name, model, lr=0.1, weight_decay=0.0, momentum=0.0)
+    inputs = torch.arange(1.0, 4.0, dtype=torch.float64) * (1 - 3 * comm.rank)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        ((model(inputs) - 1) ** 2 / 20).sum().backward()
+        if not averages_weights:
+            comm.all_reduce(model.weight.grad, op="mean", out=model.weight.grad)
+        optimizer.step()
+    if averages_weights:
+        average_weights(model, comm, bucket_bytes=1)
+    check_replicas(model, comm)
+    return model.weight.detach(), comm.ledger.num_calls("all_reduce")
+
+
+@pytest.mark.parametrize(
+    ("optimizer_name", "num_steps", "equal"),
+    [("sgd", 1, True), ("sgd", 2, False), ("adamw_own", 1, False)],
+)
+def test_averaged_weights_are_those_of_averaged_gradients_after_one_step_of_sgd_alone(
+    optimizer_name, num_steps, equal
+):
+    def program(comm):
+        before = torch.random.get_rng_state()
+        alone, num_calls = steps_alone(comm, optimizer_name, num_steps, True)
+        torch.random.set_rng_state(before)
+        together, _ = steps_alone(comm, optimizer_name, num_steps, False)
+        return float((alone - together).abs().max()), num_calls
+
+    for difference, num_calls in run_ranks(program, 2):
+        assert num_calls == 1
+        assert difference < BOUND if equal else difference > 1e-3
 
 
 def test_models_that_differ_are_refused_before_a_weight_is_sent():

@@ -140,11 +140,15 @@ class DataParallel:
         Raises InputError as backward does.
         """
         pieces = [] if _is_empty(batch) else split_batch(batch, micro_batch_size)
-        for number, piece in enumerate(pieces, start=1):
-            with context():
-                loss_sum, num_tokens = objective(self.model, piece)
-            with nullcontext() if number == len(pieces) else self.no_sync():
-                result = self.backward(loss_sum, num_tokens, scale=scale)
+        try:
+            for number, piece in enumerate(pieces, start=1):
+                with context():
+                    loss_sum, num_tokens = objective(self.model, piece)
+                with nullcontext() if number == len(pieces) else self.no_sync():
+                    result = self.backward(loss_sum, num_tokens, scale=scale)
+        except BaseException:
+            self._new_step = True  # what was added up belongs to no step
+            raise
         return result if pieces else self.backward(None, 0)
 
     def _finish_step(self) -> tuple[Tensor, int]:
