@@ -1,24 +1,37 @@
 """Programs that do to their ranks what nobody has planned for."""
 
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import types
 
+import psutil
 import pytest
 import torch
+from comm_runtimes import started_by, why_not
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from traitlets.config import Config
 
+from slimlab.comm.interrupts import held_interrupts
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.outputs import Output
 from slimlab.comm.process_ranks import why_no_fork
+from slimlab.comm.processes import Run
 from slimlab.comm.report import RankError, frames_of, user_line
 
 TIMEOUT_S = 60.0
 
 
-def run(program, world_size=2, **options):
-    return run_ranks(program, world_size, backend="gloo", timeout_s=TIMEOUT_S, **options)
+def run(program, world_size=2, runtime="gloo"):
+    if why_not(runtime) is not None:
+        pytest.skip(why_not(runtime))
+    with started_by(runtime) as backend:
+        return run_ranks(program, world_size, backend=backend, timeout_s=TIMEOUT_S)
 
 
 def kept(data):
@@ -123,3 +136,100 @@ def test_an_interrupt_stays_deliverable_after_ranks_were_forked():
 
     assert run(program) == [False, False]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupts_wait_for_the_end_of_a_block_and_count_as_one():
+    steps = []
+
+    def pressed_three_times():
+        with held_interrupts():
+            for _ in range(3):
+                interrupt()
+            steps.append("went on")
+        steps.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed_three_times()
+    assert steps == ["went on"]
+    with held_interrupts():
+        steps.append("nothing came")
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_more_interrupts_do_not_keep_the_first_from_ending_all_ranks(runtime, monkeypatch):
+    end, ranks = Run.end, []
+
+    def end_under_fire(self, kindly):
+        ranks.extend(one.pid for one in self.ranks.values())
+        interrupt()
+        end(self, kindly)
+        interrupt()
+
+    monkeypatch.setattr(Run, "end", end_under_fire)
+    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    with pytest.raises(KeyboardInterrupt):
+        run(lambda comm: comm.barrier(), runtime=runtime)
+    assert len(ranks) == 2
+    assert {one.pid for one in psutil.Process().children(recursive=True)} <= before
+
+
+def test_what_a_logger_of_the_caller_writes_on_a_rank_is_that_ranks_output(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    handler = logging.StreamHandler()
+    log = logging.getLogger("attacks")
+    log.addHandler(handler)
+    try:
+        run(lambda comm: log.error("from rank %d", comm.rank))
+        log.error("from the caller")
+    finally:
+        log.removeHandler(handler)
+    assert shown.getvalue() == "[0] from rank 0\n[1] from rank 1\nfrom the caller\n"
+
+
+def test_a_rank_that_was_forked_from_a_notebook_displays_as_text_and_has_no_keyboard(capsys):
+    class Browser(DisplayPublisher):
+        def publish(self, *args, **more):
+            raise AssertionError("only the caller is connected to it")
+
+    def program(comm):
+        display({"rank": comm.rank})
+        with pytest.raises(EOFError, match="a rank has no keyboard: ask in the caller"):
+            input("who are you? ")
+
+    config = Config({"HistoryManager": {"enabled": False}})
+    shell = InteractiveShell.instance(config=config, display_pub_class=Browser)
+    try:
+        run(program)
+        assert type(shell.display_pub) is Browser
+    finally:
+        InteractiveShell.clear_instance()
+    assert capsys.readouterr().out == "[0] {'rank': 0}\n[1] {'rank': 1}\n"
+
+
+def test_what_slurm_has_told_the_caller_does_not_reach_ranks_of_mpi(monkeypatch):
+    # As in a shell of `srun --pty`. MPICH ends a process that hears of two launchers.
+    for name, text in {
+        "PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, text)
+    found = run(lambda comm: sorted(os.environ.keys() & {"PMIX_RANK", "PMI_RANK"}), runtime="mpich")
+    assert found == [["PMI_RANK"]] * 2
+    assert os.environ["PMIX_RANK"] == "0"
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_a_caller_may_have_closed_its_input(runtime):
+    kept_open = os.dup(0)
+    os.close(0)
+    try:
+        assert run(lambda comm: comm.all_reduce(torch.ones(())).item(), runtime=runtime) == [2, 2]
+    finally:
+        os.dup2(kept_open, 0)
+        os.close(kept_open)

@@ -73,7 +73,9 @@ def fork_ranks(run: Run, task: Task) -> None:
     run.after.callback(close_all, kept)
     for _, environment, files in lines:
         rank = rank_in(environment)
-        news = {name: x for name, x in environment.items() if os.environ.get(name) != x}
+        # What its mpirun does not pass on, a fork must not have from here either.
+        news: dict[str, str | None] = {name: None for name in os.environ if name not in environment}
+        news |= {name: x for name, x in environment.items() if os.environ.get(name) != x}
         news |= rank_variables(rank, task.world_size) | library_variables()
         if files:
             news["PMI_FD"] = str(files[0])

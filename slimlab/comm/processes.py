@@ -95,12 +95,14 @@ class Run:
         self.ranks[rank] = RankProcess(Channel(here), outputs)
         return self.ranks[rank], Lines(there.detach(), pipes[0][1], pipes[1][1])
 
-    def fork(self, task: Task, rank: int, env: dict[str, str], others: Sequence[int] = ()) -> None:
+    def fork(
+        self, task: Task, rank: int, env: dict[str, str | None], others: Sequence[int] = ()
+    ) -> None:
         """Fork this process for one more rank.
 
         task    what it is to do
         rank    its number
-        env     environment variables for it
+        env     environment variables for it; None: it is not to have that one
         others  open files that it must not keep
         """
         one, lines = self.add(rank)
@@ -159,6 +161,13 @@ def _end_of(pid: int) -> str | None:
         return how if found else None
     found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return None if found is None else how_it_ended(found.si_code == os.CLD_EXITED, found.si_status)
+
+
+def open_standard_files() -> None:
+    """Open what a caller without a terminal has closed, so that no line gets such a number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(number)
 
 
 def how_it_ended(exited: bool, status: int) -> str:

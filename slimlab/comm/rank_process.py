@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from slimlab.comm.base import Communicator
+from slimlab.comm.cells import leave_kernel
 from slimlab.comm.channel import Channel
 from slimlab.comm.shipping import Surroundings, pack, unpack
 from slimlab.comm.watch import Watch
@@ -66,19 +67,25 @@ class Lines:
         return self.channel, self.out, self.err
 
 
-def run_forked(task: Task, rank: int, lines: Lines, env: dict[str, str], parent: int) -> None:
+def run_forked(
+    task: Task, rank: int, lines: Lines, env: dict[str, str | None], parent: int
+) -> None:
     """Become a rank, in a process that has just been forked; never returns.
 
     task    what to do
     rank    which rank to be
     lines   to whoever started it
-    env     environment variables to set
+    env     environment variables to set; None: to remove
     parent  the process that forked this one
     """
     try:
         os.setsid()
         _become_rank(lines, parent)
-        os.environ.update(env)
+        for name, value in env.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         _run(task, rank, lines)
     finally:
         os._exit(1)
@@ -111,11 +118,13 @@ def _become_rank(lines: Lines, parent: int) -> None:
     for number, target in ((nothing, 0), (lines.out, 1), (lines.err, 2)):
         os.dup2(number, target)
         os.close(number)
+    before = sys.stdout, sys.stderr
     # Not what they were in the caller: those of a notebook would write into its cells.
     sys.stdin, sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, mode, closefd=False), errors=errors, line_buffering=True)
         for number, mode, errors in ((0, "r", None), (1, "w", "replace"), (2, "w", "replace"))
     )
+    leave_kernel(before)
     # A process that has used OpenMP makes its forks hang in libgomp, unless they use one thread.
     torch.set_num_threads(1)
 

@@ -162,14 +162,16 @@ def position_of(steps: Iterable[tuple[FrameType, int]]) -> Position | None:
     steps    frames with line numbers, the innermost first
     returns  where it is; None: there is none
     """
-    demo = None
+    demo = installed = None
     for frame, line in steps:
         module = frame.f_globals.get("__name__", "")
         if module.partition(".")[0] not in LIBRARIES:
-            return frame.f_code, line, frame.f_globals
-        if demo is None and module[:8] == "slimlab." and module[:13] != "slimlab.comm.":
+            if "site-packages" not in frame.f_code.co_filename:
+                return frame.f_code, line, frame.f_globals
+            installed = installed or (frame.f_code, line, frame.f_globals)
+        elif demo is None and module[:8] == "slimlab." and module[:13] != "slimlab.comm.":
             demo = frame.f_code, line, frame.f_globals
-    return demo
+    return demo or installed
 
 
 def line_at(position: Position | None) -> str:

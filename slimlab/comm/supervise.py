@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from slimlab.comm.board import Board, Verdict
 from slimlab.comm.channel import Channel
-from slimlab.comm.processes import REAP_S, Run
+from slimlab.comm.interrupts import held_interrupts
+from slimlab.comm.processes import REAP_S, Run, open_standard_files
 from slimlab.comm.rank_process import Task
 from slimlab.comm.report import (
     CommunicationError,
@@ -37,6 +38,7 @@ def run_in_processes(task: Task, start: Callable[["Run", Task], None]) -> tuple[
 
     Raises as slimlab.comm.launch.run_ranks does.
     """
+    open_standard_files()
     run, board, verdict, well = Run(), Board(task.world_size, None), None, False
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -46,7 +48,8 @@ def run_in_processes(task: Task, start: Callable[["Run", Task], None]) -> tuple[
         well = verdict is None
     finally:
         # Also on the way out of an interrupt from the keyboard.
-        run.end(kindly=well)
+        with held_interrupts():
+            run.end(kindly=well)
         run.show()
     if verdict is not None:
         raise error_of(verdict, board)

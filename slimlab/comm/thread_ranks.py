@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from slimlab.comm.interrupts import held_interrupts
 from slimlab.comm.ledger import PayloadLedger
 from slimlab.comm.rank_state import RandomState, RankStopped
 from slimlab.comm.report import (
@@ -60,9 +61,10 @@ def run_in_threads(
             unfinished = world.table(running=world.turn)
     finally:
         # Also on the way out of an interrupt from the keyboard, which only this thread gets.
-        world.stop(RankStopped())
-        still_alive = _end_threads(world)
-        before.restore()
+        with held_interrupts():
+            world.stop(RankStopped())
+            still_alive = _end_threads(world)
+            before.restore()
     if unfinished is not None:
         raise _timeout_error(world.turn, timeout_s, unfinished, still_alive)
     _raise_what_went_wrong(world, comms)
