@@ -1,5 +1,6 @@
 """Data parallelism equals one process and DistributedDataParallel; its calls are predicted."""
 
+import copy
 from contextlib import nullcontext
 
 import comm_runtimes
@@ -9,6 +10,7 @@ from parallel_cases import (
     BATCH_SIZE,
     BOUND,
     CHOICES,
+    LR,
     NUM_STEPS,
     check_same_run,
     copy_of_grads,
@@ -27,7 +29,7 @@ from slimlab.config import InputError
 from slimlab.parallel.data import DataParallel
 from slimlab.parallel.data_local import average_weights
 from slimlab.parallel.data_replicas import broadcast_model, check_replicas
-from slimlab.parallel.data_shards import until_all_end
+from slimlab.parallel.data_shards import DataShards, until_all_end
 from slimlab.plan.data_parallel import predict_broadcast, predict_step, shard_sizes
 from slimlab.train.objectives import IGNORE, causal_objective
 from slimlab.train.optimizer import make_optimizer
@@ -357,6 +359,50 @@ def test_averaged_weights_are_those_of_averaged_gradients_after_one_step_of_sgd_
     for difference, num_calls in run_ranks(program, 2):
         assert num_calls == 1
         assert difference < BOUND if equal else difference > 1e-3
+
+
+def test_gradients_lie_in_the_buckets_and_nowhere_else():
+    def program(comm):
+        model = tiny_model()
+        replica = DataParallel(model, comm, bucket_bytes=1500)
+        replica.gradients(my_part(comm, 0), causal_objective, 2)
+        flats = [bucket.flat.untyped_storage() for bucket in replica.buckets.buckets]
+        homes = {param.grad.untyped_storage().data_ptr() for param in model.parameters()}
+        assert homes == {flat.data_ptr() for flat in flats}
+        return sum(flat.nbytes() for flat in flats)
+
+    held_bytes = sum(8 * param.numel() for param in tiny_model().parameters())
+    assert run_ranks(program, 2) == [held_bytes] * 2
+
+
+def go_on(comm, start, steps):
+    """Train some steps from a state of model and optimizer, on samples that DataShards chooses."""
+    model = tiny_model()
+    optimizer = optimizer_of(model)
+    replica = DataParallel(model, comm)
+    if start is not None:
+        # Ranks that are threads are given the same objects, and an optimizer keeps what it loads.
+        weights, state = copy.deepcopy(start)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    shards = DataShards(
+        BATCH_SIZE, 4, rank=comm.rank, world_size=comm.world_size, seed=3, last="short"
+    )
+    for step in steps:
+        samples = shards(step)
+        replica.gradients(tuple(one[samples] for one in tiny_batch(0)), causal_objective)
+        optimizer.step()
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def test_a_run_that_goes_on_with_other_ranks_ends_with_the_weights_of_one_process():
+    # Two epochs of two steps; two ranks make the first three steps, three the last.
+    (whole,) = run_ranks(go_on, 1, args=(None, range(4)))
+    first = run_ranks(go_on, 2, args=(None, range(3)))[0]
+    for weights, _ in run_ranks(go_on, 3, args=(first, range(3, 4))):
+        for name in weights.keys() - set(zero_gradient_names(tiny_model())):
+            scale = max(float(whole[0][name].abs().max()), 4 * LR)
+            assert float((weights[name] - whole[0][name]).abs().max()) < BOUND * scale, name
 
 
 def test_models_that_differ_are_refused_before_a_weight_is_sent():
