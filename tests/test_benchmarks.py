@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collectives, common, tokenizer, training_step
+from benchmarks import collectives, common, start_up, tokenizer, training_step
 from benchmarks.common import Comparison, compare, median_interval, quartiles, table, take_turns
 from slimlab.comm import launch
 from slimlab.config import InputError
@@ -79,6 +79,13 @@ def test_the_benchmark_of_collectives_reports_in_its_form(runtime, capsys):
     check_form(report, "collectives", tasks, rounds=2)
     assert report["settings"]["ranks"] == 2
     assert "MALLOC_MMAP_THRESHOLD_=" in report["settings"]["keeps"]
+
+
+@pytest.mark.skipif(launch.why_not("mpi", 2) is not None, reason="no MPI")
+def test_the_benchmark_of_starting_ranks_reports_in_its_form(capsys):
+    start_up.main(["--quick", "--ranks", "2", "--rounds", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    check_form(found, "start_up", [f"run_ranks, {name}" for name in ("threads", "gloo", "mpi")], 1)
 
 
 def test_both_models_have_the_same_parameters_and_stay_equal_while_they_learn():
