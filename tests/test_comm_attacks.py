@@ -3,10 +3,12 @@
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import types
+from contextlib import redirect_stdout
 
 import psutil
 import pytest
@@ -23,6 +25,7 @@ from slimlab.comm.outputs import Output
 from slimlab.comm.process_ranks import why_no_fork
 from slimlab.comm.processes import Run
 from slimlab.comm.report import RankError, frames_of, user_line
+from slimlab.comm.shipping import Surroundings
 
 TIMEOUT_S = 60.0
 
@@ -233,3 +236,81 @@ def test_a_caller_may_have_closed_its_input(runtime):
     finally:
         os.dup2(kept_open, 0)
         os.close(kept_open)
+
+
+CLOSED = """
+import sys
+from slimlab.comm.session import look_after
+class Comm:
+    def close(self):
+        sys.stderr.write("closed\\n")
+look_after(Comm(), None, lambda: None, lambda: __import__("os")._exit(7))
+sys.stdout.close()
+raise ValueError("said to nobody")
+"""
+
+
+def test_a_program_started_from_outside_may_close_its_output_and_fail():
+    done = subprocess.run([sys.executable, "-c", CLOSED], capture_output=True, text=True)
+    assert done.returncode == 7
+    assert done.stderr.endswith("ValueError: said to nobody\n")
+    assert "excepthook" not in done.stderr
+
+
+@pytest.mark.parametrize("runtime", ["gloo", "mpich"])
+def test_a_default_device_of_the_program_is_not_taken_for_headers_and_comparisons(runtime):
+    def program(comm):
+        x, large = torch.arange(4.0), torch.ones(2**17)
+        torch.set_default_device("meta")
+        whole, peer = comm.split(0), 1 - comm.rank
+        results = [
+            comm.all_reduce(x),
+            comm.all_gather(x[: comm.rank + 1], sizes=[1, 2]),
+            comm.scatter(x if comm.rank == 0 else None, 0),
+            comm.all_to_all(x),
+            whole.sendrecv(large, peer, peer),
+            comm.sendrecv(x, peer, peer),
+        ]
+        return {result.device.type for result in results}
+
+    assert run(program, runtime=runtime) == [{"cpu"}, {"cpu"}]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm")
+def test_ranks_of_mpi_that_are_killed_leave_no_shared_memory():
+    def program(comm):
+        comm.barrier()
+        with open("/proc/self/maps") as maps:
+            print(maps.read())
+        if comm.rank == 1:
+            raise ValueError("so that both are killed")
+        comm.barrier()
+
+    with redirect_stdout(io.StringIO()) as shown, pytest.raises(RankError, match="both are killed"):
+        run(program, runtime="mpich")
+    segments = set(re.findall(r"/dev/shm/\w+", shown.getvalue()))
+    assert segments
+    assert not [path for path in segments if os.path.exists(path)]
+
+
+def test_threads_compute_gradients_only_where_the_caller_does():
+    def program(comm):
+        return torch.is_grad_enabled()
+
+    with torch.no_grad():
+        assert run_ranks(program, 2) == run(program) == [False, False]
+    assert run_ranks(program, 2) == run(program) == [True, True]
+
+
+def test_a_fresh_process_goes_on_with_the_callers_settings_of_torch():
+    with torch.no_grad():
+        there = Surroundings(run)
+    assert torch.is_grad_enabled()
+    there.dtype = torch.float64
+    try:
+        there.enter()
+        assert torch.ones(1).dtype == torch.float64
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)

@@ -78,7 +78,7 @@ def digests(call: Call) -> Tensor:
     call  of this rank
     """
     number = digest(call)
-    return torch.tensor([number, -number])
+    return torch.tensor([number, -number], device="cpu")
 
 
 def mismatch_message(texts: list[list[str]], ranks: Sequence[int] | None = None) -> str:

@@ -96,7 +96,7 @@ def link_matrix(events: Sequence[Event], world_size: int, counted: str) -> Tenso
     counted     "messages" or "bytes"
     returns     (world_size, world_size) int64: row src, column dst
     """
-    matrix = torch.zeros(world_size, world_size, dtype=torch.int64)
+    matrix = torch.zeros(world_size, world_size, dtype=torch.int64, device="cpu")
     for event in events:
         if event.sent:
             matrix[event.rank, event.sent.peer] += event.sent.n_bytes if counted == "bytes" else 1

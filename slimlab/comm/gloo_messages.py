@@ -129,7 +129,7 @@ class Port:
         described = read_header(first.buffer)
         host = out.detach() if out is not None else None
         if host is None or host.device.type != "cpu" or not described.matches(host):
-            host = torch.empty(described.shape, dtype=described.dtype)
+            host = torch.empty(described.shape, dtype=described.dtype, device=HOST)
         if described.n_bytes > INLINE_BYTES:
             return described, host, self.gloo.recv(as_bytes(host), src, 2 * tag + 1)
         ctypes.memmove(host.data_ptr(), first.data.data_ptr() + HEADER_BYTES, described.n_bytes)

@@ -223,8 +223,8 @@ class MPICommunicator(Communicator):
 
     def _split(self, call, color, key):
         self._comparison.check(call)
-        mine = torch.tensor([color is not None, color or 0, key])
-        all_ = torch.empty((self.world_size, 3), dtype=torch.int64)
+        mine = torch.tensor([color is not None, color or 0, key], device="cpu")
+        all_ = torch.empty((self.world_size, 3), dtype=torch.int64, device="cpu")
         self._collect("Allgather", 0, moved(mine), moved(all_))
         wishes = [(its if has else None, order) for has, its, order in all_.tolist()]
         made: list[Group] = []
@@ -260,17 +260,17 @@ class MPICommunicator(Communicator):
         return self._staging.deliver(work, tensor.dtype, tensor.device, out)
 
     def _plan(self, tensor, sizes, src):
-        plan = torch.empty(HEADER_BYTES + 8 * self.world_size, dtype=torch.uint8)
+        plan = torch.empty(HEADER_BYTES + 8 * self.world_size, dtype=torch.uint8, device="cpu")
         if tensor is not None:
             memory(plan)[:HEADER_BYTES] = header_of(tensor)
-            plan[HEADER_BYTES:] = as_bytes(torch.tensor(sizes))
+            plan[HEADER_BYTES:] = as_bytes(torch.tensor(sizes, device="cpu"))
         self._collect("Bcast", 0, moved(plan), src)
         sizes = plan[HEADER_BYTES:].clone().view(torch.int64).tolist()
         return read_header(memory(plan)), sizes
 
     def _all_sizes(self, send_sizes, recv_sizes):
-        mine = torch.tensor([send_sizes, recv_sizes])
-        all_ = torch.empty((self.world_size, 2, self.world_size), dtype=torch.int64)
+        mine = torch.tensor([send_sizes, recv_sizes], device="cpu")
+        all_ = mine.new_empty((self.world_size, 2, self.world_size))
         self._collect("Allgather", 0, moved(mine), moved(all_))
         return all_.tolist()
 

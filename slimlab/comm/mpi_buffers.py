@@ -152,7 +152,7 @@ class Staging:
         inline  the host writes it, not MPI
         """
         if not self._reaches(device, inline):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         if out is not None and out.dtype == dtype:
             work = out.detach()
         else:

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from slimlab.comm.base import Communicator
 from slimlab.comm.watch import Watch
@@ -47,7 +48,9 @@ def look_after(
             if watch is not None:
                 watch.farewell(interrupted=True)
             os._exit(INTERRUPTED)
-        sys.stdout.flush()
+        # A program may have closed it, or have put nothing into its place.
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
         text = "".join(traceback.format_exception(error))
         if watch is not None:
             watch.raised(error, text)

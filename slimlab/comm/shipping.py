@@ -103,6 +103,7 @@ class Surroundings:
     def __init__(self, program: Callable):
         self.path = list(sys.path)
         self.torch_state, self.python_state = torch.get_rng_state(), random.getstate()
+        self.gradients, self.dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         self.numpy_state = None
         if "numpy" in sys.modules:
             self.numpy_state = sys.modules["numpy"].random.get_state()
@@ -115,6 +116,8 @@ class Surroundings:
         """Make this process go on from there."""
         sys.path[:] = self.path
         torch.set_rng_state(self.torch_state)
+        torch.set_grad_enabled(self.gradients)
+        torch.set_default_dtype(self.dtype)
         random.setstate(self.python_state)
         if self.numpy_state is not None:
             importlib.import_module("numpy").random.set_state(self.numpy_state)

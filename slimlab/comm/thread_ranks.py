@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from slimlab.comm.interrupts import held_interrupts
 from slimlab.comm.ledger import PayloadLedger
 from slimlab.comm.rank_state import RandomState, RankStopped
@@ -45,11 +47,11 @@ def run_in_threads(
     world = World(world_size, eager_bytes)
     comms = [ThreadCommunicator(rank, world_size, world) for rank in range(world_size)]
     results = [None] * world_size
-    before = RandomState()
+    before, gradients = RandomState(), torch.is_grad_enabled()
     for rank, state in enumerate(world.ranks):
         state.thread = threading.Thread(
             target=_run_rank,
-            args=(world, comms[rank], program, args, results),
+            args=(world, comms[rank], program, args, results, gradients),
             name=f"rank {rank}",
             daemon=True,
         )
@@ -72,11 +74,17 @@ def run_in_threads(
 
 
 def _run_rank(
-    world: World, comm: ThreadCommunicator, program: Callable, args: tuple, results: list
+    world: World,
+    comm: ThreadCommunicator,
+    program: Callable,
+    args: tuple,
+    results: list,
+    gradients: bool,
 ) -> None:
     try:
         try:
             world.start(comm.rank)
+            torch.set_grad_enabled(gradients)  # each thread begins with them
             results[comm.rank] = program(comm, *args)
         except Exception as error:
             world.stop(_rank_error(comm.rank, error))

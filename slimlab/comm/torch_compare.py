@@ -72,7 +72,7 @@ class Comparison:
         if self.on:
             self.check(call)
         else:
-            self._smallest(torch.zeros(2, dtype=torch.int64))
+            self._smallest(torch.zeros(2, dtype=torch.int64, device="cpu"))
 
     def begin(self, call: Call, start: Callable[[], dist.Work]) -> Callable[[], dist.Work]:
         """Compare a call and start it, without waiting.

@@ -132,7 +132,8 @@ def payload_in(first: Tensor, described: Described, out: Tensor | None) -> Tenso
     described  what unpack returned
     out        where to put it; None: a new tensor
     """
-    out = torch.empty(described.shape, dtype=described.dtype) if out is None else out
+    if out is None:
+        out = torch.empty(described.shape, dtype=described.dtype, device="cpu")
     if described.n_bytes:
         as_bytes(out).copy_(first[HEADER_BYTES : HEADER_BYTES + described.n_bytes])
     return out
