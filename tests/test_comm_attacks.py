@@ -21,6 +21,7 @@ from traitlets.config import Config
 
 from slimlab.comm.interrupts import held_interrupts
 from slimlab.comm.launch import run_ranks
+from slimlab.comm.launchers import launcher_of
 from slimlab.comm.outputs import Output
 from slimlab.comm.process_ranks import why_no_fork
 from slimlab.comm.processes import Run
@@ -314,3 +315,21 @@ def test_a_fresh_process_goes_on_with_the_callers_settings_of_torch():
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
+
+
+def test_a_forked_rank_keeps_one_thread_since_with_more_it_may_hang():
+    def program(comm):
+        torch.set_num_threads(1)
+        with pytest.warns(UserWarning, match="has one thread for torch's work, not 2") as warned:
+            torch.set_num_threads(2)
+        return torch.get_num_threads(), len(warned), warned[0].filename
+
+    assert run(program, 1) == [(1, 1, __file__)]
+
+
+def test_a_shell_that_srun_has_started_runs_programs_alone_and_under_mpirun():
+    shell = {"PMIX_NAMESPACE": "slurm.pmix.7.0", "PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert launcher_of(shell).kind == "alone"
+    assert launcher_of(shell | {"PMI_SIZE": "2", "PMI_RANK": "1"}).world_size == 2
+    # Another launcher with PMIx, in such a shell.
+    assert launcher_of(shell | {"PMIX_NAMESPACE": "prterun-host-5@1"}).kind == "mpi"

@@ -53,6 +53,8 @@ def launcher_of(environment: Mapping[str, str]) -> Launcher:
     if "PMI_SIZE" in environment:
         name = "srun" if "SLURM_STEP_NUM_TASKS" in environment else "MPICH's mpirun"
         return Launcher("mpi", f"{name} (PMI)", size("PMI_SIZE"), "MPICH")
+    if steps == 1 and environment.get("PMIX_NAMESPACE", "").startswith("slurm."):
+        return Launcher("alone", "srun with one task", 1)  # also all that a shell of srun starts
     if "PMIX_RANK" in environment:
         return Launcher("mpi", "srun (PMIx)" if steps else "a launcher with PMIx", steps)
     if steps is not None and steps > 1:

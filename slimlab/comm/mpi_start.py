@@ -51,6 +51,9 @@ def start_mpi(world_size: int | None) -> ModuleType:
     library = MPI.Get_library_version().partition("\0")[0]
     if not MPI.Is_initialized():
         _check_before(launcher, library)
+        if launcher.family == "MPICH":
+            # mpirun in a shell that srun has started. MPICH ends a process that hears of both.
+            os.environ.pop("PMIX_NAMESPACE", None)
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     expected = launcher.world_size if world_size is None else world_size
     size = MPI.COMM_WORLD.size

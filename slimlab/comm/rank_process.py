@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ def run_forked(
     try:
         os.setsid()
         _become_rank(lines, parent)
+        # A process that has used OpenMP makes its forks hang in libgomp, if they use more threads.
+        torch.set_num_threads = _keep_one_thread
         for name, value in env.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -119,14 +122,21 @@ def _become_rank(lines: Lines, parent: int) -> None:
         os.dup2(number, target)
         os.close(number)
     before = sys.stdout, sys.stderr
+    torch.set_num_threads(1)
     # Not what they were in the caller: those of a notebook would write into its cells.
     sys.stdin, sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, mode, closefd=False), errors=errors, line_buffering=True)
         for number, mode, errors in ((0, "r", None), (1, "w", "replace"), (2, "w", "replace"))
     )
     leave_kernel(before)
-    # A process that has used OpenMP makes its forks hang in libgomp, unless they use one thread.
-    torch.set_num_threads(1)
+
+
+def _keep_one_thread(number: int) -> None:
+    if number != 1:
+        warnings.warn(
+            f"a rank that run_ranks has forked has one thread for torch's work, not {number}",
+            stacklevel=2,
+        )
 
 
 def _die_with(parent: int) -> None:
