@@ -19,6 +19,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from traitlets.config import Config
 
+from slimlab.comm import launch
+from slimlab.comm.connect import connect
 from slimlab.comm.interrupts import held_interrupts
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.launchers import launcher_of
@@ -27,6 +29,7 @@ from slimlab.comm.process_ranks import why_no_fork
 from slimlab.comm.processes import Run
 from slimlab.comm.report import RankError, frames_of, user_line
 from slimlab.comm.shipping import Surroundings
+from slimlab.config import InputError
 
 TIMEOUT_S = 60.0
 
@@ -333,3 +336,14 @@ def test_a_shell_that_srun_has_started_runs_programs_alone_and_under_mpirun():
     assert launcher_of(shell | {"PMI_SIZE": "2", "PMI_RANK": "1"}).world_size == 2
     # Another launcher with PMIx, in such a shell.
     assert launcher_of(shell | {"PMIX_NAMESPACE": "prterun-host-5@1"}).kind == "mpi"
+
+
+def test_a_folder_in_the_place_of_mpirun_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLIMLAB_MPIRUN", str(tmp_path))
+    assert str(tmp_path) in (launch.why_not("mpi") or "")
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), 0, -1, "60", None, True])
+def test_a_program_started_from_outside_needs_a_time_limit_too(limit):
+    with pytest.raises(InputError, match=f"timeout_s = {limit!r}"):
+        connect(timeout_s=limit)

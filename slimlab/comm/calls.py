@@ -7,6 +7,7 @@ Production libraries compare calls only on request (TORCH_DISTRIBUTED_DEBUG=DETA
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -166,6 +167,22 @@ def check_out(call: str, out: Tensor | None, shape: Sequence[int], like: Tensor)
         kind_of(out) + ("" if out.is_contiguous() else ", not contiguous"),
         "leave out away for a new tensor, or make it with torch.empty(shape, dtype=...)",
     )
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Refuse a time limit that is none.
+
+    timeout_s  as whoever starts ranks gives it
+
+    Raises InputError.
+    """
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not (number and 0 < timeout_s <= threading.TIMEOUT_MAX):
+        raise InputError(
+            "timeout_s: a positive number of seconds",
+            f"timeout_s = {timeout_s!r}",
+            "a program that waits for ever is ended, so it needs a limit; 60 is the default",
+        )
 
 
 def check_apart(call: str, tensor: Tensor, out: Tensor | None, *, may_be_same: bool) -> None:

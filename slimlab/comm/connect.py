@@ -29,6 +29,7 @@ import torch
 from torch import distributed as dist
 
 from slimlab.comm.base import Communicator
+from slimlab.comm.calls import check_timeout
 from slimlab.comm.channel import Channel
 from slimlab.comm.keeper import start_keeper
 from slimlab.comm.launchers import Launcher, launcher_of
@@ -58,9 +59,10 @@ def connect(
                under torchrun, and of a world of one if nobody has started more
 
     Communicates: every rank must call it.
-    Raises InputError if the launcher has started more ranks than MPI sees, or MPI is missing;
-    CommunicationError if the ranks do not find each other.
+    Raises InputError if timeout_s is no time limit, if the launcher has started more ranks than MPI
+    sees, or if MPI is missing; CommunicationError if the ranks do not find each other.
     """
+    check_timeout(timeout_s)
     if "comm" not in _CONNECTED:
         launcher = launcher_of(os.environ)
         if launcher.kind == "alone":

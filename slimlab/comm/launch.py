@@ -7,9 +7,9 @@ that they start.
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 
+from slimlab.comm.calls import check_timeout
 from slimlab.comm.ledger import PayloadLedger
 from slimlab.comm.thread_ranks import run_in_threads
 from slimlab.config import InputError, check_choice, check_size, require
@@ -147,13 +147,7 @@ def _check_numbers(world_size, backend, timeout_s, eager_bytes) -> None:
         f"world_size = {world_size}",
         "use fewer ranks: the lesson of a collective shows with 8",
     )
-    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    require(
-        number and 0 < timeout_s <= threading.TIMEOUT_MAX,
-        "timeout_s: a positive number of seconds",
-        f"timeout_s = {timeout_s!r}",
-        "run_ranks always returns, so it needs a limit; 60 is the default",
-    )
+    check_timeout(timeout_s)
     require(
         eager_bytes is None or backend == "threads",
         "eager_bytes with threads only",

@@ -75,7 +75,7 @@ def find_mpirun() -> str | None:
     """Return the mpirun of SLIMLAB_MPIRUN, else the one beside this Python, else on the PATH."""
     chosen = os.environ.get(CHOICE_VARIABLE)
     if chosen:
-        return chosen if os.access(chosen, os.X_OK) else None
+        return chosen if Path(chosen).is_file() and os.access(chosen, os.X_OK) else None
     beside = Path(sys.executable).parent / "mpirun"
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
 
