@@ -454,7 +454,7 @@ def test_a_bad_argument_is_an_input_error_on_its_rank(fault):
         ({"world_size": 2.0}, "world_size"),
         ({"world_size": 10_000}, "at most 256"),
         ({"timeout_s": 0}, "timeout_s = 0"),
-        ({"timeout_s": None}, "always returns"),
+        ({"timeout_s": None}, "is ended, so it needs a limit"),
         ({"timeout_s": float("inf")}, "timeout_s = inf"),
         ({"timeout_s": 1e12}, "timeout_s = 1000000000000.0"),
         ({"timeout_s": float("nan")}, "timeout_s = nan"),

@@ -42,6 +42,12 @@ def test_no_more_threads_are_tried_than_there_are_processors():
     assert max(seen, default=1) <= num_processors()
 
 
+def test_no_more_threads_are_tried_than_the_user_allows(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with fastest_threads(slow_with(1)) as number:
+        assert number == 1
+
+
 @pytest.mark.parametrize("candidates", [(), (0,), (1, 2.0)])
 def test_candidates_that_are_no_numbers_of_threads_are_refused(candidates):
     with pytest.raises(InputError), fastest_threads(slow_with(), candidates):

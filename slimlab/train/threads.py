@@ -30,13 +30,15 @@ def fastest_threads(
 
     trial       a short piece of the work to come, such as one training step on a throw-away model
     candidates  numbers of threads to try; if not given 1, 2 and 4, as far as there are processors
+                and OMP_NUM_THREADS allows
     yields      the number chosen
 
     Results may differ in their last bits between numbers of threads, which add in another order.
     Raises InputError for candidates that are no whole numbers of at least 1, or none.
     """
     if candidates is None:
-        candidates = [n for n in (1, 2, 4) if n <= num_processors()]
+        most = min(num_processors(), _allowed_threads())
+        candidates = [n for n in (1, 2, 4) if n <= most]
     require(len(candidates) > 0, "at least one candidate", "none", "leave candidates out")
     for number in candidates:
         check_size("candidates", number)
@@ -56,6 +58,11 @@ def num_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _allowed_threads() -> int:
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wished) if wished.isdecimal() and int(wished) > 0 else num_processors()
 
 
 def _median_s(trial: Callable[[], object], num_threads: int) -> float:
