@@ -164,7 +164,8 @@ SIZES = [1024.0, 2.0**20, 2.0**25]
 def test_predictions_are_lines_and_measurements_marks_of_the_same_colour():
     predicted = {"ring": (SIZES, [1e-3, 2e-3, 3e-2]), "tree": (SIZES, [1e-4, 3e-3, 9e-2])}
     measured = {"tree": (SIZES[:2], [2e-4, 4e-3], [1e-4, 3e-3], [3e-4, 6e-3])}
-    figure = show.cost_figure(predicted, measured, "cost", guides={"they meet": 2.0**17})
+    guides = {"they meet": 2.0**17}
+    figure = show.cost_figure(predicted, measured, "cost", guides, marks="clocked")
     axes = figure.axes[0]
     lines = [one for one in axes.lines if one.get_linestyle() != "None"]
     for line, (_, seconds) in zip(lines, predicted.values()):
@@ -174,7 +175,7 @@ def test_predictions_are_lines_and_measurements_marks_of_the_same_colour():
     assert marks.get_color() == lines[1].get_color() != lines[0].get_color()
     legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["ring", "tree", "they meet"]
-    assert legend.get_title().get_text() == "lines: predicted, marks: measured"
+    assert legend.get_title().get_text() == "lines: predicted, marks: clocked"
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("payload (bytes)", "time (s)")
     figure.canvas.draw()

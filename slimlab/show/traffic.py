@@ -126,6 +126,7 @@ def cost_figure(
     title: str = "",
     guides: Mapping[str, float] | None = None,
     x_label: str = "payload (bytes)",
+    marks: str = "measured",
 ) -> Figure:
     """Draw seconds over bytes, both logarithmic: predictions as lines, measurements as marks.
 
@@ -135,6 +136,7 @@ def cost_figure(
     title      printed above
     guides     label -> bytes of a vertical line, for crossovers
     x_label    what the bytes are of
+    marks      how the seconds of the marks were found: measured, or clocked on a dialled network
     returns    the figure
 
     Raises InputError if numbers are not positive, or differ in number.
@@ -171,7 +173,7 @@ def cost_figure(
     axes.set_yscale("log")
     _tick_bytes(axes)
     axes.set(xlabel=x_label, ylabel="time (s)", title=title)
-    both = "lines: predicted, marks: measured" if measured and predicted else None
+    both = f"lines: predicted, marks: {marks}" if measured and predicted else None
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "handlelength": 3.0}
     axes.legend(handles=handles, title=both, **place)
     return figure
