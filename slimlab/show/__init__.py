@@ -8,6 +8,7 @@ from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
 from slimlab.show.predicted import predicted_figure
+from slimlab.show.sharding import block_matrices_figure, cut_figure, layout_figure
 from slimlab.show.source import show_source
 from slimlab.show.stacks import stacked_bars
 from slimlab.show.style import COLOURS, use_style
@@ -19,14 +20,17 @@ __all__ = [
     "COLOURS",
     "attention_map",
     "bars",
+    "block_matrices_figure",
     "box_figure",
     "bytes_figure",
     "cost_figure",
     "curves",
+    "cut_figure",
     "flow_figure",
     "framed_figure",
     "heads_figure",
     "lanes_figure",
+    "layout_figure",
     "ledger_figure",
     "mask_figure",
     "mask_panels",
