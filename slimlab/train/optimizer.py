@@ -20,6 +20,8 @@ from slimlab.config import InputError, check_choice, check_number, require
 from slimlab.train.optimizer_checks import LEAST, CheckedOptimizer, check_settings
 from slimlab.train.update_rules import adamw_update, sgd_update
 
+OPTIMIZERS = ("adamw", "adamw_own", "sgd")
+
 
 class SGD(CheckedOptimizer):
     """Stochastic gradient descent: step against the gradient, with a memory if momentum > 0.
@@ -160,10 +162,33 @@ def make_optimizer(
 
     Raises InputError for an unknown name and for settings out of range.
     """
-    check_choice("name", name, ("adamw", "adamw_own", "sgd"))
+    check_choice("name", name, OPTIMIZERS)
+    check_settings({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
     groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
+    return optimizer_of_groups(name, groups, lr=lr, betas=betas, eps=eps, momentum=momentum)
+
+
+def optimizer_of_groups(
+    name: str,
+    groups: list[dict],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """Make an optimizer for groups of parameters, as make_optimizer does for a model.
+
+    name    as in make_optimizer
+    groups  dicts with "params" and "weight_decay", as parameter_groups returns them
+    lr, betas, eps, momentum  as in make_optimizer
+
+    Raises InputError as make_optimizer does.
+    """
+    check_choice("name", name, OPTIMIZERS)
     settings = {"lr": lr, "betas": betas, "eps": eps}
-    check_settings({**settings, "weight_decay": weight_decay, "momentum": momentum})
+    for group in groups:
+        check_settings({**settings, "weight_decay": group["weight_decay"], "momentum": momentum})
     if name == "adamw":
         return torch.optim.AdamW(groups, **settings, fused=_has_fused_kernel(groups))
     if name == "adamw_own":
