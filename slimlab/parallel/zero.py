@@ -1,0 +1,298 @@
+"""ZeRO: what data parallelism keeps on every rank is cut into shards, one for each rank.
+
+Chapter 09 explains it. Ranks work on their own parts of a batch, as in data parallelism, and come to
+the same weights; but each updates only its shard of them, so that only it needs the optimizer's
+state of that shard (stage 1), its gradients (stage 2), and, between uses, its weights (stage 3).
+
+    stage  weights  gradients  optimizer  calls
+    1      whole    whole      shard      reduce_scatter of gradients, all_gather of new weights
+    2      whole    shard      shard      the same, gradients in every micro-batch
+    3      shard    shard      shard      all_gather before use, forward and backward, too
+
+All three send gradients by reduce_scatter, since a rank needs only its shard of the sum: with the
+all_gather of weights that is what one all_reduce moves. Stage 3 moves half as much again.
+
+Production: ZeroRedundancyOptimizer (stage 1, by whole parameters) and fully_shard (stage 3) of
+torch, DeepSpeed. They keep 16-bit weights beside 32-bit masters, and overlap calls with computing.
+Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023 (arXiv:2304.11277).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from slimlab.comm.base import Communicator
+from slimlab.config import check_number, require
+from slimlab.parallel.data import DataParallel, _is_empty
+from slimlab.parallel.data_replicas import broadcast_model
+from slimlab.parallel.zero_gradients import ShardedGradients, check_used
+from slimlab.parallel.zero_shards import FlatParameter, held_bytes
+from slimlab.parallel.zero_stage3 import ShardedUnits
+from slimlab.parallel.zero_units import Unit, units_of
+from slimlab.train.accumulate import Objective, split_batch
+from slimlab.train.optimizer import LEAST, optimizer_of_groups, parameter_groups
+
+STAGES = (1, 2, 3)
+
+
+class Zero(DataParallel):
+    """One rank's share of a model in training: its shards, and what of the whole the stage keeps.
+
+    model         changed in place: it gets the weights of rank 0, which become views of flat rows.
+                  In stage 3 they read as NaN but while a unit computes, and all ranks must go
+                  forward together, also without gradients
+    comm          of the ranks that share the model: all, or the group of a mesh's axis data
+    stage         1, 2 or 3
+    optimizer     "adamw", "adamw_own" or "sgd", as in slimlab.train.optimizer
+    lr, weight_decay, betas, eps, momentum, decay_embeddings  as in make_optimizer there
+    prefetch      in stage 3, ask for the next unit's weights before a unit computes
+    check_finite  name the rank and the parameter if a gradient is not finite
+    broadcast     False: the ranks' models are known to be equal already
+
+    optimizer     of torch's form, over this rank's shards; a schedule sets its groups' lr
+    units         of slimlab.parallel.zero_units.Unit
+
+    Communicates: what broadcast_model does.
+    Raises InputError if the ranks' models differ, nothing is to be trained, or for settings out of
+    range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        *,
+        stage: int,
+        lr: float,
+        optimizer: str = "adamw",
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        momentum: float = 0.9,
+        decay_embeddings: bool = True,
+        prefetch: bool = True,
+        check_finite: bool = True,
+        broadcast: bool = True,
+    ):
+        require(
+            stage in STAGES and not isinstance(stage, bool),
+            "stage: 1, 2 or 3",
+            f"stage = {stage!r}",
+            "1 cuts the optimizer's state, 2 gradients too, 3 weights too; for none of them take "
+            "slimlab.parallel.data.DataParallel",
+        )
+        settings = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum}
+        groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
+        optimizer_of_groups(optimizer, groups, **settings)  # refuses wrong settings first
+        if broadcast:
+            broadcast_model(model, comm)
+        self.stage, self.units = stage, units_of(model)
+        decaying = {p for group in groups if group["weight_decay"] for p in group["params"]}
+        self.flats = [
+            [FlatParameter(*row, comm, stage) for row in _rows(unit, decaying, stage)]
+            for unit in self.units
+        ]
+        if stage == 3:
+            buckets = ShardedUnits(self.units, self.flats, model, check_finite, prefetch)
+        else:
+            trained = [flat for some in reversed(self.flats) for flat in some]
+            buckets = ShardedGradients(trained, stage, check_finite)
+        self.model, self.comm, self.buckets = model, comm, buckets
+        self._sync, self._new_step = True, True
+        self._loss_sum, self._num_tokens = 0.0, 0
+        self._has_gradients = False
+        shards = _shard_groups(buckets.flats, weight_decay)
+        self.optimizer = optimizer_of_groups(optimizer, shards, **settings)
+
+    def backward(
+        self,
+        loss_sum: Tensor | None,
+        num_tokens: int | Tensor,
+        *,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    ) -> tuple[Tensor, int] | None:
+        """Back-propagate, and make this rank's shards of gradients those of the mean loss.
+
+        In stages 2 and 3 all ranks must make equally many calls, those without data with None;
+        gradients() sees to that.
+
+        loss_sum, num_tokens, scale  as in DataParallel.backward
+        returns  as there: the mean loss over all ranks' tokens and their number, the same on every
+                 rank; None inside no_sync
+
+        Communicates: one reduce_scatter per flat parameter, in stage 3 one all_gather for each that
+        the backward pass reads; then one all_reduce of a few numbers. Inside no_sync: nothing in
+        stage 1, all but the last in stages 2 and 3.
+        Raises InputError, on every rank, if no rank has a token, a gradient is not finite, or a
+        parameter has none on any rank.
+        """
+        self._has_gradients = False
+        try:
+            if self.stage == 3 and loss_sum is None:
+                self.buckets.forward_without_data()
+            result = super().backward(loss_sum, num_tokens, scale=scale)
+            if not self._sync and self.stage > 1:
+                self.buckets.send_rest()
+        except BaseException:
+            if self.stage == 3:
+                self.buckets.give_up()
+            raise
+        return result
+
+    def gradients(
+        self,
+        batch: object | None,
+        objective: Objective,
+        micro_batch_size: int | None = None,
+        *,
+        context: Callable = nullcontext,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    ) -> tuple[Tensor, int]:
+        """Make this rank's shards of gradients those of the mean loss over all ranks' tokens.
+
+        batch, objective, context, scale  as in DataParallel.gradients
+        micro_batch_size  as there; ranks may need different numbers of pieces
+        returns           as there
+
+        Communicates: what backward does, in stages 2 and 3 for every piece of the rank that has
+        most; there, given a micro_batch_size, one all_reduce of a number before.
+        Raises InputError as backward does.
+        """
+        if self.stage > 1 and micro_batch_size is not None:
+            mine = 1 if _is_empty(batch) else len(split_batch(batch, micro_batch_size))
+            number = torch.tensor([mine], device=self.comm.device)
+            missing = int(self.comm.all_reduce(number, op="max")) - mine
+            with self.no_sync():
+                for _ in range(missing):
+                    self.backward(None, 0)
+        return super().gradients(batch, objective, micro_batch_size, context=context, scale=scale)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Shorten all gradients by one factor if their common length is above max_norm.
+
+        max_norm  length that the gradients of the whole model may have together, above 0; infinity
+                  only measures
+        returns   () their length before clipping, the same on every rank
+
+        Communicates: one all_reduce of a number.
+        Raises InputError for a max_norm that is not above 0, and if there are no gradients.
+        Equal to slimlab.train.optimizer.clip_gradients on the whole model.
+        """
+        if max_norm != torch.inf:
+            check_number("max_norm", max_norm, float, LEAST, torch.inf)
+        self._check_gradients("clip")
+        grads = [flat.shard_grad for flat in self.buckets.flats]
+        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in grads]
+        total = self.comm.all_reduce(torch.stack(squares).sum())
+        total_norm = total.sqrt()
+        factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+        return total_norm.to(grads[0].dtype)
+
+    def step(self) -> None:
+        """Update this rank's shards; the ranks exchange the new weights, in stage 3 at their use.
+
+        Communicates: in stages 1 and 2 one all_gather per flat parameter.
+        Raises InputError if there are no gradients since the last step.
+        """
+        self._check_gradients("step")
+        self.optimizer.step()
+        self._has_gradients = False
+        if self.stage < 3:
+            for flat in reversed(self.buckets.flats):
+                flat.gather()
+        else:
+            self.buckets.give_up()
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Return the whole gradients, by the names of the parameters, the same on every rank.
+
+        Communicates: one all_gather per flat parameter that is trained.
+        Raises InputError if there are no gradients since the last step.
+        """
+        self._check_gradients("full_gradients")
+        return self._full(lambda flat: flat.shard_grad)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return copies of the whole weights, by the names of the parameters, on every rank.
+
+        Communicates: one all_gather per flat parameter; in stages 1 and 2 frozen ones are at hand.
+        """
+        found = self._full(lambda flat: flat.shard)
+        named = self.model.named_parameters()
+        return {n: found[n] if n in found else p.detach().clone() for n, p in named}
+
+    def held_bytes(self) -> dict[str, int]:
+        """Count the bytes of the tensors that exist on this rank, from their storages.
+
+        returns  "weights", "gradients", "optimizer" (AdamW's averages) and "optimizer_steps"; what
+                 of them exists for a moment only, in whole rows, is apart: "gathered" (weights, in
+                 stage 3) and "unreduced" (gradients, in stages 2 and 3) at this time, and the most
+                 there was at one time, "gathered_peak" and "unreduced_peak"
+        """
+        flats = [flat for some in self.flats for flat in some]
+        params = list(self.model.parameters())
+        rows = [flat.whole for flat in flats]
+        states = [
+            (key, one) for state in self.optimizer.state.values() for key, one in state.items()
+        ]
+        grads = [flat.whole_grad for flat in flats]
+        is_3, momentary = self.stage == 3, self.stage > 1
+        kept = [flat.shard for flat in flats] if is_3 else [p.data for p in params]
+        return {
+            "weights": held_bytes(kept),
+            "gradients": held_bytes([flat.shard_grad for flat in flats]),
+            "optimizer": held_bytes([one for key, one in states if key != "step"]),
+            "optimizer_steps": held_bytes([one for key, one in states if key == "step"]),
+            "gathered": held_bytes(rows) if is_3 else 0,
+            "gathered_peak": self.buckets.gathered_peak_bytes if is_3 else 0,
+            "unreduced": held_bytes(grads) if momentary else 0,
+            "unreduced_peak": self.buckets.whole_peak_bytes if momentary else 0,
+        }
+
+    def _full(self, shard_of: Callable[[FlatParameter], Tensor | None]) -> dict[str, Tensor]:
+        found = {}
+        for flat in (flat for some in self.flats for flat in some):
+            shard = shard_of(flat)
+            if shard is not None:
+                whole = self.comm.all_gather(shard.clone())
+                found |= {name: view for name, view in zip(flat.names, flat.views(whole))}
+        return found
+
+    def _finish_step(self) -> tuple[Tensor, int]:
+        result = super()._finish_step()
+        check_used(self.buckets.unused)
+        self._has_gradients = True
+        return result
+
+    def _check_gradients(self, what: str) -> None:
+        require(
+            self._has_gradients,
+            f"gradients before {what}()",
+            "none since the last step, or such as were refused",
+            "call gradients(batch, objective) first",
+        )
+
+
+def _rows(unit: Unit, decaying: set[nn.Parameter], stage: int) -> list[tuple[dict, int]]:
+    """Divide a unit's parameters into rows; those that decay come first in each."""
+    rows: dict[tuple, dict[str, nn.Parameter]] = {}
+    for name, param in sorted(unit.params.items(), key=lambda item: item[1] not in decaying):
+        if param.requires_grad or stage == 3:
+            kind = param.requires_grad, param.dtype, param.device
+            rows.setdefault(kind, {})[name] = param
+    return [(named, sum(param in decaying for param in named.values())) for named in rows.values()]
+
+
+def _shard_groups(flats: list[FlatParameter], weight_decay: float) -> list[dict]:
+    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    for flat in flats:
+        for group, (start, end) in zip(groups, flat.pieces()):
+            if end > start:
+                piece = nn.Parameter(flat.shard[start:end])
+                piece.grad = flat.shard_grad[start:end]
+                group["params"].append(piece)
+    return groups

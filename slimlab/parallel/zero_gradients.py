@@ -1,0 +1,147 @@
+"""Gradients of flat parameters: each unit's row is summed over the ranks when it is complete.
+
+Chapter 09 uses it for ZeRO. It has the methods of slimlab.parallel.data_buckets.GradientBuckets, so
+that slimlab.parallel.data.DataParallel's way through a step serves both; but of the sum a rank
+keeps its shard alone. In stage 1 ranks keep their own whole rows too, add up the gradients of
+micro-batches there, and send once per step; in stages 2 and 3 a row lives from the first gradient
+of a unit to its last, and every micro-batch is sent.
+
+Rows are sent in a fixed order, the last unit's first, since ranks must make the same calls.
+
+Production sends on a stream of its own while the backward pass goes on.
+"""
+
+from functools import partial
+
+from torch import nn
+
+from slimlab.config import InputError, require
+from slimlab.parallel.zero_shards import FlatParameter, held_bytes
+
+
+class ShardedGradients:
+    """The gradients of all units.
+
+    flats         flat parameters that are trained, in the order of sending
+    stage         of ZeRO
+    check_finite  look for gradients that are not finite before they are mixed with other ranks'
+
+    names         of the parameters, in the order of sending
+    bad_name      the first of them whose gradient is not finite on this rank
+    unused        those that no rank used in the last step
+    whole_peak_bytes  most memory that whole rows had at one time
+    """
+
+    def __init__(self, flats: list[FlatParameter], stage: int, check_finite: bool):
+        self.flats, self._stage, self._check_finite = flats, stage, check_finite
+        self.names = [name for flat in flats for name in flat.names]
+        self.bad_name: str | None = None
+        self.unused: list[str] = []
+        self.whole_peak_bytes = 0
+        self._sending, self._next = False, 0
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._arrive, flat, number))
+            for flat in flats
+            for number, param in enumerate(flat.params)
+        ]
+
+    def close(self) -> None:
+        """Leave the parameters alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin_step(self) -> None:
+        """Forget all gradients."""
+        self.bad_name = None
+        for flat in self.flats:
+            flat.filled, flat.reduced = [False] * len(flat.params), False
+            for param in flat.params:
+                param.grad = None
+
+    def begin_pass(self, send: bool) -> None:
+        """Prepare for a backward pass.
+
+        send  it is the last of the step; in stages 2 and 3 every pass is sent
+        """
+        self._sending, self._next = send or self._stage > 1, 0
+        for flat in self.flats:
+            flat.arrived = [False] * len(flat.params)
+
+    def filled(self) -> list[bool]:
+        """Tell which parameters got a gradient in this step on this rank, in the order of names."""
+        return [one for flat in self.flats for one in flat.filled]
+
+    def send_before(self, flat: FlatParameter | None) -> None:
+        """Send the rows that stand before one in the order, zeros for what is missing.
+
+        flat  the row that may still be filled; None: send all that are left
+
+        Communicates: one reduce_scatter per row that has not been sent.
+        """
+        while self._sending and self._next < len(self.flats) and self._flat is not flat:
+            self._send()
+
+    def send_rest(self) -> None:
+        """Send all rows that are left, if this pass is to be sent, and end it.
+
+        Communicates: as send_before.
+        """
+        self.send_before(None)
+        self._sending = False
+
+    def finish(self, factor: float, used: list[bool], accepted: bool = True) -> None:
+        """Leave the scaled sums in the shards.
+
+        factor    what each sum is multiplied by
+        used      which parameters have a gradient on some rank, in the order of names
+        accepted  False: the step is about to be refused
+        """
+        for flat in self.flats:
+            flat.shard_grad.mul_(factor)
+        self.unused = [name for name, one in zip(self.names, used) if not one]
+
+    @property
+    def _flat(self) -> FlatParameter:
+        return self.flats[self._next]
+
+    def _arrive(self, flat: FlatParameter, number: int, param: nn.Parameter) -> None:
+        late = self._sending and any(flat is one for one in self.flats[: self._next])
+        if flat.arrived[number] or late:
+            raise InputError(
+                "one gradient for each parameter in a backward pass, before that of the unit is "
+                "sent",
+                f"{'a late' if late else 'a second'} one for {flat.names[number]}",
+                "call backward through this model only, once per micro-batch; let the forward "
+                "pass go through the units in their order",
+            )
+        flat.take(number)
+        while self._sending and self._next < len(self.flats) and all(self._flat.arrived):
+            self._send()
+
+    def _send(self) -> None:
+        flat = self._flat
+        flat.fill_up()
+        whole_bytes = held_bytes([one.whole_grad for one in self.flats])
+        self.whole_peak_bytes = max(self.whole_peak_bytes, whole_bytes)
+        if self._check_finite and self.bad_name is None:
+            number = flat.not_finite()
+            self.bad_name = None if number is None else flat.names[number]
+        flat.reduce()
+        self._next += 1
+
+
+def check_used(unused: list[str]) -> None:
+    """Refuse parameters that no rank used: one count of steps serves a whole shard.
+
+    unused  their names
+
+    Raises InputError.
+    """
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    require(
+        not unused,
+        "a gradient for every parameter that is trained, on some rank",
+        f"none on any rank for {', '.join(unused[:5])}{more}",
+        "freeze what the objective does not use: param.requires_grad_(False). AdamW counts its "
+        "steps once for a shard, so it cannot pass over a part of it. No weight was changed",
+    )
