@@ -7,7 +7,8 @@ Production (torch.utils.checkpoint) also handles nested calls, several devices, 
 cheap parts ("selective", Korthikanti et al. 2022).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,13 +16,18 @@ from torch import Tensor
 from slimlab.config import require
 
 
-def recompute(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+def recompute(
+    function: Callable[..., Tensor],
+    *inputs: Tensor | None,
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
     """Compute function(*inputs) without keeping what its backward pass needs.
 
-    function  tensors to one tensor; may use parameters and dropout
-    inputs    its arguments, the only tensors that are kept
-    returns   what function returns, bit for bit; gradients of inputs and of parameters too, since
-              the random state is put back before the second computation
+    function    tensors to one tensor; may use parameters and dropout
+    inputs      its arguments, the only tensors that are kept
+    generators  that function draws from, besides torch's global one
+    returns     what function returns, bit for bit; gradients of inputs and of parameters too, since
+                the random state is put back before the second computation
 
     Raises InputError if function does not return one tensor. Second derivatives are not defined.
     """
@@ -29,13 +35,14 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor
         return function(*inputs)
     # Without an input that needs a gradient autograd would never come back here for the parameters.
     anchor = torch.zeros((), requires_grad=True)
-    return _Recompute.apply(function, anchor, *inputs)
+    return _Recompute.apply(function, tuple(generators), anchor, *inputs)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, anchor, *inputs):
-        ctx.function = function
+    def forward(ctx, function, generators, anchor, *inputs):
+        ctx.function, ctx.generators = function, generators
+        ctx.states = [generator.get_state() for generator in generators]
         ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
         tensors = [x for x in inputs if isinstance(x, Tensor)]
@@ -75,9 +82,22 @@ class _Recompute(torch.autograd.Function):
             torch.set_rng_state(ctx.cpu_state)
             if devices:
                 torch.cuda.set_rng_state(ctx.device_state, grad.device)
-            with torch.autocast(**ctx.autocast):
+            with torch.autocast(**ctx.autocast), _states(ctx.generators, ctx.states):
                 output = ctx.function(*leaves)
         if output.requires_grad:  # not so if all that goes into it is frozen
             torch.autograd.backward(output, grad)
         grads = (x.grad if isinstance(x, Tensor) and x.requires_grad else None for x in leaves)
-        return (None, None, *grads)
+        return (None, None, None, *grads)
+
+
+@contextmanager
+def _states(generators: Sequence[torch.Generator], states: list[Tensor]) -> Iterator[None]:
+    """Put generators into earlier states, and back when the with block ends."""
+    before = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, states):
+        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before):
+            generator.set_state(state)

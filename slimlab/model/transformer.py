@@ -133,7 +133,8 @@ def run_blocks(
         angles = rotary_angles(positions, config.d_head, config.rotary_base)
     for number, block in enumerate(blocks):
         if model.recompute == "block" and model.training and cache is None:
-            x = recompute(_plain(block, causal), x, mask, angles, memory, memory_mask)
+            given = x, mask, angles, memory, memory_mask
+            x = recompute(_plain(block, causal), *given, generators=generators_of(block))
         else:
             layer = cache.layers[number] if cache else None
             x = block(
@@ -141,6 +142,15 @@ def run_blocks(
                 cache=layer,
             )  # fmt: skip
     return x
+
+
+def generators_of(model: nn.Module) -> list[torch.Generator]:
+    """List the generators that modules draw from, besides torch's global one, each once.
+
+    model  modules may have an attribute `generator`; nn.Dropout has none
+    """
+    found = [getattr(module, "generator", None) for module in model.modules()]
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
 def _plain(block: Block, causal: bool):
