@@ -19,7 +19,7 @@ BOUND = 1e-12
 
 def tiny_model(seed=0, **choices):
     torch.manual_seed(seed)
-    model = build_model(ModelConfig(**SIZES, **(choices or CHOICES))).double()
+    model = build_model(ModelConfig(**SIZES | (choices or CHOICES))).double()
     # No weight stays at zero, as output projections begin: all gradients are to be compared.
     with torch.no_grad():
         for param in model.parameters():
