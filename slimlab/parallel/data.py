@@ -13,6 +13,7 @@ ranks as if all had equally many tokens; weights for unequal shares are left to 
 compresses (slimlab.parallel.compression), and finds unused parameters only on request.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
 from slimlab.config import InputError, check_number, require
+from slimlab.parallel.compression import Compressor
 from slimlab.parallel.data_buckets import GradientBuckets
 from slimlab.parallel.data_replicas import broadcast_model
 from slimlab.train.accumulate import Objective, map_tensors, split_batch
@@ -43,10 +45,12 @@ class DataParallel:
     check_finite  name the rank and the parameter if a gradient is not finite; on a GPU the look
                   costs a wait per bucket. Leave it out where a loss scaler skips such steps
     broadcast     False: the ranks' models are known to be equal already
+    compressor    what makes gradients short before they travel (slimlab.parallel.compression); a
+                  copy is used, whose residuals are this replica's; None: nothing
 
     Communicates: what broadcast_model does.
-    Raises InputError if the ranks' models differ in names, shapes or dtypes, or nothing is to be
-    trained.
+    Raises InputError if the ranks' models differ in names, shapes or dtypes, nothing is to be
+    trained, or nothing that the compressor could make shorter.
     """
 
     def __init__(
@@ -58,12 +62,19 @@ class DataParallel:
         overlap: bool = True,
         check_finite: bool = True,
         broadcast: bool = True,
+        compressor: Compressor | None = None,
     ):
         self.model, self.comm = model, comm
+        self.compressor = copy.deepcopy(compressor)
         if broadcast:
             broadcast_model(model, comm, bucket_bytes=bucket_bytes)
         self.buckets = GradientBuckets(
-            model, comm, bucket_bytes=bucket_bytes, overlap=overlap, check_finite=check_finite
+            model,
+            comm,
+            bucket_bytes=bucket_bytes,
+            overlap=overlap,
+            check_finite=check_finite,
+            compressor=self.compressor,
         )
         self._sync, self._new_step = True, True
         self._loss_sum, self._num_tokens = 0.0, 0
@@ -90,7 +101,8 @@ class DataParallel:
                     ranks, both the same on every rank, of all calls since the last step; None
                     inside no_sync
 
-        Communicates: one all_reduce per bucket and one of a few numbers; nothing inside no_sync.
+        Communicates: one all_reduce per bucket, or the calls of the compressor, and one of a few
+        numbers; nothing inside no_sync.
         Raises InputError, on every rank, if no rank has a token, or a gradient is not finite.
         """
         check_number("num_tokens", int(num_tokens), int, 0, float("inf"))
@@ -161,7 +173,8 @@ class DataParallel:
             report[2 + len(names) + self.comm.rank] = 1 + names.index(self.buckets.bad_name)
         report = self.comm.all_reduce(report.to(self.comm.device)).cpu()
         total, used, bad = int(report[1]), report[2:-world_size] > 0, report[-world_size:]
-        self.buckets.finish(LOSS_DIVISOR / max(total, 1), used.tolist())
+        accepted = total > 0 and not bool(bad.any())
+        self.buckets.finish(LOSS_DIVISOR / max(total, 1), used.tolist(), accepted)
         self._new_step = True
         _check_finite(bad.int().tolist(), names)
         require(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slimlab.comm.base import Communicator
 from slimlab.comm.calls import Handle
 from slimlab.config import InputError, check_size, require
+from slimlab.parallel.compression import Compressor
 
 
 def bucket_layout(tensors: Iterable[Tensor], bucket_bytes: int | None) -> list[list[int]]:
@@ -92,11 +93,14 @@ class GradientBuckets:
     bucket_bytes  as in bucket_layout; None: one flat buffer
     overlap       start the all_reduce of a bucket in the backward pass, as soon as it is full
     check_finite  look for gradients that are not finite before they are mixed with other ranks'
+    compressor    stands between each bucket and its sum over the ranks, which the backward pass
+                  then waits for; None: plain sums
 
     names    of the parameters, in the order of the buckets
     buckets  of slimlab.parallel.data_buckets.Bucket, in the order of sending
 
-    Raises InputError for a model without anything to train.
+    Raises InputError for a model without anything to train, or one that does not fit the
+    compressor.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class GradientBuckets:
         bucket_bytes: int | None,
         overlap: bool,
         check_finite: bool,
+        compressor: Compressor | None = None,
     ):
         self._comm, self._overlap, self._check_finite = comm, overlap, check_finite
+        self._compressor = compressor
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad][::-1]
         require(
             bool(named),
@@ -116,6 +122,8 @@ class GradientBuckets:
             f"a {type(model).__name__} with none",
             "unfreeze what you want to train: param.requires_grad_(True)",
         )
+        if compressor is not None:
+            compressor.check([param.shape for _, param in named])
         self.names = [name for name, _ in named]
         self.buckets = [
             Bucket([named[i][1] for i in numbers], [named[i][0] for i in numbers])
@@ -136,6 +144,8 @@ class GradientBuckets:
     def begin_step(self) -> None:
         """Forget all gradients."""
         self._next, self.bad_name = 0, None
+        if self._compressor is not None:
+            self._compressor.begin_step()
         for bucket in self.buckets:
             bucket.filled = [False] * len(bucket.params)
             bucket.handle = None
@@ -158,19 +168,23 @@ class GradientBuckets:
     def send_rest(self) -> None:
         """Send the buckets that the backward pass did not complete, zeros for what is missing.
 
-        Communicates: one all_reduce per bucket that is not on its way.
+        Communicates: one all_reduce per bucket that is not on its way, or the compressor's calls.
         """
         self._sending = False
         while self._next < len(self.buckets):
             self._send(self.buckets[self._next])
 
-    def finish(self, factor: float, used: list[bool]) -> None:
+    def finish(self, factor: float, used: list[bool], accepted: bool = True) -> None:
         """Wait for all buckets, and leave the scaled sums as the parameters' gradients.
 
-        factor  what each sum is multiplied by
-        used    which parameters have a gradient on some rank, in the order of names; the others
-                are left without, so that no optimizer touches them
+        factor    what each sum is multiplied by
+        used      which parameters have a gradient on some rank, in the order of names; the others
+                  are left without, so that no optimizer touches them, but for what a compressor
+                  sent of their earlier gradients
+        accepted  False: the step is about to be refused
         """
+        if self._compressor is not None:
+            self._compressor.finish_step(accepted)
         used = iter(used)
         for bucket in self.buckets:
             if bucket.handle is not None:
@@ -178,7 +192,8 @@ class GradientBuckets:
                 bucket.handle = None
             bucket.flat.mul_(factor)
             for param, view in zip(bucket.params, bucket.views):
-                param.grad = view if next(used) else None
+                sent_late = self._compressor is not None and bool(view.any())
+                param.grad = view if next(used) or sent_late else None
 
     def _arrive(self, bucket: Bucket, number: int, param: nn.Parameter) -> None:
         if bucket.arrived[number]:
@@ -202,7 +217,10 @@ class GradientBuckets:
             number = bucket.not_finite()
             self.bad_name = None if number is None else bucket.names[number]
         flat = bucket.flat
-        if self._overlap:
+        if self._compressor is not None:
+            shapes = [param.shape for param in bucket.params]
+            self._compressor.sum_over_ranks(self._next, flat, shapes, self._comm)
+        elif self._overlap:
             bucket.handle = self._comm.all_reduce(flat, out=flat, async_op=True)
         else:
             self._comm.all_reduce(flat, out=flat)
