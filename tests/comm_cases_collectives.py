@@ -121,6 +121,26 @@ def parameters_travel_as_data(comm):
 
 
 @case
+def started_all_gathers_end_in_any_order(comm):
+    sizes = [uneven_rows(comm), equal_rows(comm), [0] * comm.world_size]
+    mine = [part(comm.rank, (some[comm.rank], 3), seed=7).to(comm.device) for some in sizes]
+    outs = [None, torch.empty(sum(sizes[1]), 3, device=comm.device), None]
+    handles = [
+        comm.all_gather(x, sizes=some, out=out, async_op=True)
+        for x, some, out in zip(mine, sizes, outs)
+    ]
+    total = comm.all_reduce(mine[1], async_op=True)
+    check_all_reduce(comm, (4,), op="max")
+    for some, out, handle in reversed(list(zip(sizes, outs, handles))):
+        parts = [part(rank, (n, 3), seed=7) for rank, n in enumerate(some)]
+        whole = handle.wait()
+        assert out is None or whole is out
+        same(whole, torch.cat(parts), f"the all_gather of {some}")
+    same(total.wait(), sum(part(rank, (equal_rows(comm)[rank], 3), seed=7) for rank in
+         range(comm.world_size)), "the all_reduce started after them")  # fmt: skip
+
+
+@case
 def results_belong_to_their_rank(comm):
     x = part(comm.rank, (4,)).to(comm.device)
     for call in (comm.all_reduce, comm.broadcast, comm.all_gather):

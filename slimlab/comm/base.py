@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slimlab.comm.calls import (
     Call,
+    Handle,
     check_apart,
     check_out,
     check_payload,
@@ -44,20 +45,31 @@ class Communicator(Reductions):
     """
 
     def all_gather(
-        self, tensor: Tensor, *, sizes: Sequence[int] | None = None, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        tensor: Tensor,
+        *,
+        sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+        async_op: bool = False,
+    ) -> Tensor | Handle:
         """Join the parts of all ranks, for every rank.
 
-        tensor   this rank's part, a shard; same dtype and, but for dim 0, same shape on every rank
-        sizes    rows of each rank's part, the same list on every rank; None: all as this one
-        out      where to put the whole; None: a new tensor
-        returns  the parts, one behind the other in rank order, the same on every rank
+        tensor    this rank's part, a shard; same dtype and, but for dim 0, same shape on every rank
+        sizes     rows of each rank's part, the same list on every rank; None: all as this one
+        out       where to put the whole; None: a new tensor
+        async_op  return at once, and a handle whose wait returns the whole; until then the part may
+                  be read, but neither may be changed, and out not be read
+        returns   the parts, one behind the other in rank order, the same on every rank
 
         Communicates: one all_gather of the part.
         """
-        sizes, call = self._call_gather("all_gather", tensor, sizes, "", out)
+        more = ", async" if async_op else ""
+        sizes, call = self._call_gather("all_gather", tensor, sizes, more, out)
+        gather = self._all_gather_async if async_op else self._all_gather
         with self.progress.inside(call):
-            result = self._all_gather(call, tensor.detach(), sizes, out)
+            result = gather(call, tensor.detach(), sizes, out)
+        if async_op:
+            result = self.progress.start(call, result.wait)
         self._note("all_gather", tensor)
         return result
 
@@ -187,6 +199,9 @@ class Communicator(Reductions):
 
     @abstractmethod
     def _all_gather(self, call, tensor, sizes, out): ...
+
+    @abstractmethod
+    def _all_gather_async(self, call, tensor, sizes, out): ...
 
     @abstractmethod
     def _gather(self, call, tensor, dst, sizes, out): ...

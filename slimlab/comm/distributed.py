@@ -21,9 +21,8 @@ Production programs call torch.distributed itself and leave the comparison out.
 """
 
 import json
-from contextlib import nullcontext
+from functools import partial
 
-import torch
 import torch.distributed as dist
 
 from slimlab.comm.base import Communicator
@@ -31,7 +30,7 @@ from slimlab.comm.calls import Handle, check_out
 from slimlab.comm.gloo_messages import GATHER_TAG, SCATTER_TAG, Port
 from slimlab.comm.groups import Group, check_exchange, groups_of
 from slimlab.comm.reductions import reduce_in_rank_order
-from slimlab.comm.torch_carriers import Carriers
+from slimlab.comm.torch_carriers import Carriers, on_its_stream
 from slimlab.comm.torch_compare import Comparison
 from slimlab.comm.torch_links import Link, connect_world
 from slimlab.comm.torch_lookout import Lookout
@@ -136,13 +135,7 @@ class TorchCommunicator(Communicator):
         total = copy_of(tensor, out)
         work = self._carriers.near(total).to(dtype)
         carrier = self._carriers.of(work)
-        # The stream that the thread which starts it must follow, and the GPU.
-        stream = torch.cuda.current_stream(work.device) if work.is_cuda else None
-
-        def start():
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                return carrier.all_reduce(work, op)
-
+        start = on_its_stream(work, partial(carrier.all_reduce, work, op))
         started = self._comparison.begin(call, start)
 
         def finish():
@@ -168,17 +161,13 @@ class TorchCommunicator(Communicator):
 
     def _all_gather(self, call, tensor, sizes, out):
         self._comparison.check(call)
-        whole = space_for(tensor, (sum(sizes), *tensor.shape[1:]), out)
-        near = self._carriers.near(whole)
-        carrier, parts = self._carriers.of(near), [as_bytes(part) for part in near.split(sizes)]
-        near.split(sizes)[self.rank].copy_(tensor)
-        if near.is_cuda and near.numel() and len(set(sizes)) == 1:
-            works = [carrier.all_gather(as_bytes(near), parts[self.rank])]
-        else:
-            works = [carrier.broadcast(one, src) for src, one in enumerate(parts) if one.numel()]
-        for work in works:
-            carrier.wait(work)
-        return delivered(near, whole, out)
+        start, finish = self._gathering(tensor, sizes, out)
+        return finish(start())
+
+    def _all_gather_async(self, call, tensor, sizes, out):
+        start, finish = self._gathering(tensor, sizes, out)
+        started = self._comparison.begin(call, start)
+        return Handle(lambda: finish(started()))
 
     def _gather(self, call, tensor, dst, sizes, out):
         self._comparison.check(call)
@@ -238,6 +227,19 @@ class TorchCommunicator(Communicator):
             TorchCommunicator(link, check=self._comparison.on, parent=self, ranks=group.ranks)
         )
         return self._groups[-1]
+
+    def _gathering(self, tensor, sizes, out):
+        whole = space_for(tensor, (sum(sizes), *tensor.shape[1:]), out)
+        near = self._carriers.near(whole)
+        near.split(sizes)[self.rank].copy_(tensor)
+
+        def finish(works):
+            for work in works:
+                self._carriers.of(near).wait(work)
+            return delivered(near, whole, out)
+
+        start = partial(self._carriers.all_gather, near, sizes, self.rank)
+        return on_its_stream(near, start), finish
 
     def _combined(self, work, total, op, out):
         result = delivered(work, total, out)

@@ -3,9 +3,9 @@
 Chapter 07 uses it. Our names are torch.distributed's; this table says once what MPI calls them.
 
     send, recv           MPI_Send, MPI_Recv        all_reduce       MPI_Allreduce
-    isend, irecv         MPI_Isend, MPI_Irecv        ... async_op   MPI_Iallreduce
-    Handle.wait          MPI_Wait                  reduce_scatter   MPI_Reduce_scatter(_block)
-    sendrecv             MPI_Sendrecv              all_gather       MPI_Allgather(v)
+    isend, irecv         MPI_Isend, MPI_Irecv      all_gather       MPI_Allgather(v)
+    Handle.wait          MPI_Wait                    ... async_op   the same with MPI_I...
+    sendrecv             MPI_Sendrecv              reduce_scatter   MPI_Reduce_scatter(_block)
     barrier              MPI_Barrier               gather, scatter  MPI_Gather(v), MPI_Scatter(v)
     broadcast            MPI_Bcast                 all_to_all       MPI_Alltoall(v)
     reduce               MPI_Reduce                split            MPI_Comm_split
@@ -18,6 +18,8 @@ MPICH any number. Importing this module starts MPI, with support for threads whe
 
 MPI itself compares nothing, trusts that counts match, and leaves shapes to the program.
 """
+
+from functools import partial
 
 import torch
 from mpi4py import MPI
@@ -152,18 +154,10 @@ class MPICommunicator(Communicator):
         return self._combined(total, tensor, op, out)
 
     def _all_reduce_async(self, call, tensor, op, out):
-        dtype = reduced_dtype(tensor.dtype)
-        agreed = self._comparison.begin(call)
-        total = self._staging.copy(tensor, dtype, out)
+        total = self._staging.copy(tensor, reduced_dtype(tensor.dtype), out)
         args = MPI.IN_PLACE, reduced(total), OPS[op]
-        request = self._transport.start(self._data, "Allreduce", *args)
-
-        def finish():
-            self._comparison.settle(agreed)
-            self._transport.wait(request)
-            return self._combined(total, tensor, op, out)
-
-        return Handle(finish)
+        deliver = partial(self._combined, total, tensor, op, out)
+        return self._comparison.start(self._data, call, "Allreduce", args, deliver)
 
     def _reduce_scatter(self, call, tensor, op, sizes, out):
         dtype = reduced_dtype(tensor.dtype)
@@ -182,6 +176,13 @@ class MPICommunicator(Communicator):
         v, counts = form(sizes, tensor)
         self._collect("Allgather" + v, whole.nbytes, moved(part), moved(whole, counts))
         return self._staging.deliver(whole, tensor.dtype, tensor.device, out)
+
+    def _all_gather_async(self, call, tensor, sizes, out):
+        part, whole = self._staging.outgoing(tensor), self._whole(tensor, sizes, out)
+        v, counts = form(sizes, tensor)
+        deliver = partial(self._staging.deliver, whole, tensor.dtype, tensor.device, out)
+        args = moved(part), moved(whole, counts)
+        return self._comparison.start(self._data, call, "Allgather" + v, args, deliver)
 
     def _gather(self, call, tensor, dst, sizes, out):
         self._comparison.check(call)

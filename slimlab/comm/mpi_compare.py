@@ -9,13 +9,13 @@ Production programs compare on request (TORCH_DISTRIBUTED_DEBUG=DETAIL), or not 
 
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 from torch import Tensor
 
 from slimlab.comm.agree import Agreement, digests
-from slimlab.comm.calls import Call, short_group
+from slimlab.comm.calls import Call, Handle, short_group
 from slimlab.comm.mpi_buffers import reduced
 from slimlab.comm.mpi_transport import Transport
 from slimlab.comm.report import frames_of, leavings, position_of
@@ -57,6 +57,33 @@ class Comparison:
             self._begun.append((self._start(numbers), numbers, call, where))
             self._num_begun += 1
         return self._num_begun
+
+    def start(
+        self,
+        comm: MPI.Comm,
+        call: Call,
+        name: str,
+        args: tuple,
+        deliver: Callable[[], Tensor],
+    ) -> Handle:
+        """Start a collective call, and its comparison.
+
+        comm     the communicator of MPI
+        call     of this rank
+        name     of the form that waits: "Allreduce" and the like
+        args     as mpi4py takes them
+        deliver  returns the result, when MPI has it
+        returns  a handle whose wait raises MismatchError, the same on every rank, if calls differ
+        """
+        agreed = self.begin(call)
+        request = self._transport.start(comm, name, *args)
+
+        def finish() -> Tensor:
+            self.settle(agreed)
+            self._transport.wait(request)
+            return deliver()
+
+        return Handle(finish)
 
     def settle(self, number: int) -> None:
         """Finish the comparison of a started call, and of those before it.

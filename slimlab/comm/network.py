@@ -62,7 +62,7 @@ class DialledCommunicator(WrappedCommunicator):
 
     The collectives are carried out by those of slimlab.comm.collectives, by rings and trees, and
     in the clearest way where there is none (gather, scatter, barrier): so their time is known.
-    Sums are then added in the order of the ring. Of an asynchronous all_reduce the messages travel
+    Sums are then added in the order of the ring. Of an asynchronous call the messages travel
     while the rank computes; where the clock is the machine's, they wait until it is waited for.
     The ledger holds what it would hold without.
 
@@ -177,20 +177,16 @@ class DialledCommunicator(WrappedCommunicator):
         return self._carry(call, ring_all_reduce, tensor, op, out=out)
 
     def _all_reduce_async(self, call, tensor, op, out):
-        begun_s = self._clock.now_s()
-
-        def finish() -> Tensor:
-            return self._carry(call, ring_all_reduce, tensor, op, out=out, _begun=(handle, begun_s))
-
-        handle = Handle(finish)
-        self._pending.append(handle)
-        return handle
+        return self._carry_later(call, ring_all_reduce, tensor, op, out=out)
 
     def _reduce_scatter(self, call, tensor, op, sizes, out):
         return self._carry(call, ring_reduce_scatter, tensor, op, sizes=sizes, out=out)
 
     def _all_gather(self, call, tensor, sizes, out):
         return self._carry(call, ring_all_gather, tensor, sizes=sizes, out=out)
+
+    def _all_gather_async(self, call, tensor, sizes, out):
+        return self._carry_later(call, ring_all_gather, tensor, sizes=sizes, out=out)
 
     def _gather(self, call, tensor, dst, sizes, out):
         return self._carry(call, direct_gather, tensor, dst, out=out)
@@ -201,6 +197,16 @@ class DialledCommunicator(WrappedCommunicator):
     def _all_to_all(self, call, tensor, send_sizes, recv_sizes, out):
         sizes = {"send_sizes": send_sizes, "recv_sizes": recv_sizes}
         return self._carry(call, pairwise_all_to_all, tensor, **sizes, out=out)
+
+    def _carry_later(self, call: Call, algorithm: Callable, *arguments, **options) -> Handle:
+        begun_s = self._clock.now_s()
+
+        def finish() -> Tensor:
+            return self._carry(call, algorithm, *arguments, _begun=(handle, begun_s), **options)
+
+        handle = Handle(finish)
+        self._pending.append(handle)
+        return handle
 
     def _carry(
         self,

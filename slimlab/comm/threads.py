@@ -113,10 +113,14 @@ class ThreadCommunicator(Communicator):
         return _into(out, self._meet(call, tensor, combine))
 
     def _all_gather(self, call, tensor, sizes, out):
+        return self._all_gather_async(call, tensor, sizes, out).wait()
+
+    def _all_gather_async(self, call, tensor, sizes, out):
         def combine(tensors):
             return _copies(torch.cat(tensors), len(tensors))
 
-        return _into(out, self._meet(call, tensor, combine))
+        meeting = self._world.come(self._me, self._among, call, tensor, combine)
+        return Handle(lambda: _into(out, self._attend(meeting)))
 
     def _gather(self, call, tensor, dst, sizes, out):
         def combine(tensors):

@@ -187,6 +187,18 @@ class Carriers:
         """
         return self.nccl if near.is_cuda else self.gloo
 
+    def all_gather(self, whole: Tensor, sizes: list[int], rank: int) -> list[dist.Work]:
+        """Start to bring every rank's part into the whole.
+
+        whole  where all parts are to go; this rank's is there already. What near returned
+        sizes  rows of each part
+        rank   this rank, in the group
+        """
+        carrier, parts = self.of(whole), [as_bytes(part) for part in whole.split(sizes)]
+        if whole.is_cuda and whole.numel() and len(set(sizes)) == 1:
+            return [carrier.all_gather(as_bytes(whole), parts[rank])]
+        return [carrier.broadcast(one, src) for src, one in enumerate(parts) if one.numel()]
+
     def exchange(
         self, tensor: Tensor, send_sizes: list[int], recv_sizes: list[int], out: Tensor | None
     ) -> Tensor:
@@ -206,6 +218,24 @@ class Carriers:
         sizes = [[size * row_bytes for size in some] for some in (recv_sizes, send_sizes)]
         carrier.wait(carrier.exchange(as_bytes(near), as_bytes(parts), *sizes))
         return delivered(near, whole, out)
+
+
+def on_its_stream(tensor: Tensor, start: Callable) -> Callable:
+    """Let a call follow the stream that a GPU's tensor is computed on, whichever thread starts it.
+
+    tensor   of the call
+    start    starts it
+    returns  start, or what calls it with this thread's present stream of the tensor's GPU
+    """
+    if not tensor.is_cuda:
+        return start
+    stream = torch.cuda.current_stream(tensor.device)
+
+    def start_there():
+        with torch.cuda.stream(stream):
+            return start()
+
+    return start_there
 
 
 def in_words(

@@ -17,9 +17,9 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from slimlab.comm.agree import Agreement, digests
@@ -30,6 +30,8 @@ from slimlab.comm.report import Position, frames_of, leavings, position_of
 from slimlab.comm.standing import Standing
 from slimlab.comm.stuck import unreceived
 from slimlab.comm.torch_carriers import Carrier, Carriers
+
+Started = TypeVar("Started")  # what waits for a call: one piece of work of torch's, or several
 
 
 class Comparison:
@@ -74,7 +76,7 @@ class Comparison:
         else:
             self._smallest(torch.zeros(2, dtype=torch.int64, device="cpu"))
 
-    def begin(self, call: Call, start: Callable[[], dist.Work]) -> Callable[[], dist.Work]:
+    def begin(self, call: Call, start: Callable[[], Started]) -> Callable[[], Started]:
         """Compare a call and start it, without waiting.
 
         call     of this rank
@@ -92,7 +94,7 @@ class Comparison:
         where = position_of(frames_of(sys._getframe()))
         future = self._starter.submit(self._compare_and_start, call, where, start)
 
-        def started() -> dist.Work:
+        def started() -> Started:
             work = self._carriers.gloo.lookout.result(future)
             self._raise_if_unequal()
             return work
@@ -126,8 +128,8 @@ class Comparison:
             self._starter.shutdown(wait=False)  # after a failure it may wait for long
 
     def _compare_and_start(
-        self, call: Call, where: Position | None, start: Callable[[], dist.Work]
-    ) -> dist.Work | None:
+        self, call: Call, where: Position | None, start: Callable[[], Started]
+    ) -> Started | None:
         if self._unequal is None:
             low, high = self._spread(digests(call), self._carriers.direct).tolist()
             if low == -high:

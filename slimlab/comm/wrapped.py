@@ -119,6 +119,9 @@ class WrappedCommunicator(Communicator):
     def _all_gather(self, call, tensor, sizes, out):
         return self._pass_on(self._inner._all_gather, call, tensor, sizes, out)
 
+    def _all_gather_async(self, call, tensor, sizes, out):
+        return self._pass_on(self._inner._all_gather_async, call, tensor, sizes, out)
+
     def _gather(self, call, tensor, dst, sizes, out):
         return self._pass_on(self._inner._gather, call, tensor, dst, sizes, out)
 
