@@ -41,11 +41,11 @@ def optimizer_of(model):
     return make_optimizer("adamw", model, lr=LR)
 
 
-def serial_run(model, num_steps=NUM_STEPS):
+def serial_run(model, num_steps=NUM_STEPS, batch_of=tiny_batch):
     """Train in one process; returns losses and the gradients of each step, by name."""
     optimizer, losses, grads = optimizer_of(model), [], []
     for step in range(num_steps):
-        loss, _ = accumulate_gradients(model, tiny_batch(step), causal_objective)
+        loss, _ = accumulate_gradients(model, batch_of(step), causal_objective)
         losses.append(float(loss))
         grads.append(copy_of_grads(model))
         optimizer.step()

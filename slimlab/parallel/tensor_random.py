@@ -5,10 +5,10 @@ same features to zero on every rank, or the ranks go on with different models. W
 drawn apart: with one seed for all, the slices of a sequence would repeat one pattern.
 
 Each rank has a generator of its own here, seeded alike or with its rank. Torch's global generator
-would not do: ranks that are threads share it, and a rank may draw from it for other purposes.
-Without sequence parallelism the masks are those of one process, bit for bit, whose global generator
-began with the same seed (on a CPU; on a GPU nn.Dropout draws by another algorithm). With it they
-are other masks of the same distribution.
+would not do: a rank may draw from it for other purposes, and the others would not notice. Without
+sequence parallelism the masks are those of one process, bit for bit, whose global generator began
+with the same seed (on a CPU; on a GPU nn.Dropout draws by another algorithm). With it they are
+other masks of the same distribution.
 
 Production: Megatron-LM's tensor_parallel/random.py switches torch's generator between two states.
 """
