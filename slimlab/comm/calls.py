@@ -60,7 +60,7 @@ class Handle:
     def wait(self) -> Tensor | None:
         """Wait until the call has finished; a second wait returns the same at once.
 
-        returns  of irecv and all_reduce the tensor, of isend None
+        returns  of irecv, all_reduce and all_gather the tensor, of isend None
         """
         if self._finish is not None:
             finish, self._finish = self._finish, None

@@ -1,7 +1,7 @@
 """ZeRO: what data parallelism keeps on every rank is cut into shards, one for each rank.
 
-Chapter 09 explains it. Ranks work on their own parts of a batch, as in data parallelism, and come to
-the same weights; but each updates only its shard of them, so that only it needs the optimizer's
+Chapter 09 explains it. Ranks work on their own parts of a batch, as in data parallelism, and come
+to the same weights; but each updates only its shard of them, so that only it needs the optimizer's
 state of that shard (stage 1), its gradients (stage 2), and, between uses, its weights (stage 3).
 
     stage  weights  gradients  optimizer  calls
@@ -203,7 +203,7 @@ class Zero(DataParallel):
         self._has_gradients = False
         if self.stage < 3:
             for flat in reversed(self.buckets.flats):
-                flat.gather()
+                flat.exchange()
         else:
             self.buckets.give_up()
 

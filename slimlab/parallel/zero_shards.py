@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
+from slimlab.comm.calls import Handle
 from slimlab.plan.zero import shard_size
 
 
@@ -71,6 +72,7 @@ class FlatParameter:
             if stage > 1:
                 resize(self.whole_grad, 0)
         self.filled, self.arrived = [False] * len(self.params), [False] * len(self.params)
+        self._handle: Handle | None = None
         self.reduced = False  # the shard holds the sum of an earlier pass of this step
 
     def _empty_row(self) -> Tensor:
@@ -101,20 +103,35 @@ class FlatParameter:
         inside = [min(max(end - self.start, 0), self.shard_size) for end in ends]
         return list(zip(inside, inside[1:]))
 
-    def gather(self) -> None:
-        """Make the whole row of weights from the shards.
+    def exchange(self) -> None:
+        """Bring the shards, which are parts of the whole row of weights, into every rank's row.
 
         Communicates: one all_gather of the shard.
         """
-        if self._stage == 3:
-            resize(self.whole, self.whole_bytes)
-            for param, view in zip(self.params, self._views):
-                param.data = view
-        part = self.shard if self._stage == 3 else self.shard.clone()
-        self._comm.all_gather(part, out=self.whole)
+        self._comm.all_gather(self.shard.clone(), out=self.whole)
+
+    def start_gather(self, *, wait: bool) -> None:
+        """Make the whole row of weights anew, from shards that are apart from it.
+
+        wait  until it is there; False: finish_gather waits
+
+        Communicates: one all_gather of the shard.
+        """
+        resize(self.whole, self.whole_bytes)
+        for param, view in zip(self.params, self._views):
+            param.data = view
+        gathered = self._comm.all_gather(self.shard, out=self.whole, async_op=not wait)
+        self._handle = None if wait else gathered
+
+    def finish_gather(self) -> None:
+        """Wait for the whole row of weights, if it was only asked for."""
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
 
     def free(self) -> None:
         """Give back the memory of the whole row of weights; the shard stays."""
+        self.finish_gather()
         # To read a view of a storage without memory ends the process; NaN can be read.
         for param, hole in zip(self.params, self._holes):
             param.data = hole

@@ -77,7 +77,7 @@ class ShardedUnits(ShardedGradients):
         """
         super().close()
         self.free_all()
-        self._gather(range(len(self._units)))
+        self._gather(set(range(len(self._units))))
 
     def begin_pass(self, send: bool) -> None:
         """Prepare for a backward pass.
@@ -164,7 +164,7 @@ class ShardedUnits(ShardedGradients):
         self._keep(set().union(*self._forward_needs[number:]))
         self._gather(self._forward_needs[number])
         if self._prefetch and number < self._last:
-            self._gather(self._forward_needs[number + 1])
+            self._start(self._forward_needs[number + 1])
 
     def _backward_to(self, number: int) -> None:
         while self._at > max(number, self._first):
@@ -175,7 +175,7 @@ class ShardedUnits(ShardedGradients):
             self._keep(set().union(*later))
             self._gather(later[-1])
             if self._prefetch and self._at > self._first:
-                self._gather(later[-2])
+                self._start(later[-2])
 
     def _keep(self, numbers: set[int]) -> None:
         for number in self._there - numbers:
@@ -183,11 +183,16 @@ class ShardedUnits(ShardedGradients):
                 flat.free()
         self._there &= numbers
 
-    def _gather(self, numbers) -> None:
+    def _gather(self, numbers: set[int]) -> None:
+        self._start(numbers, wait=True)
         for number in numbers:
-            if number not in self._there:
-                for flat in self._unit_flats[number]:
-                    flat.gather()
-                self._there.add(number)
+            for flat in self._unit_flats[number]:
+                flat.finish_gather()
+
+    def _start(self, numbers: set[int], wait: bool = False) -> None:
+        for number in sorted(numbers - self._there):
+            for flat in self._unit_flats[number]:
+                flat.start_gather(wait=wait)
+            self._there.add(number)
         rows = [flat.whole for some in self._unit_flats for flat in some]
         self.gathered_peak_bytes = max(self.gathered_peak_bytes, held_bytes(rows))
