@@ -15,10 +15,12 @@ from slimlab.cli import main
 from slimlab.comm.calibrate import Calibration, Fit, save_calibration
 from slimlab.commands.communication import DEMOS, line_about
 from slimlab.demos import collectives as collectives_demo
-from slimlab.demos import common, dialled_network, hello, ping_pong, ring_all_reduce
+from slimlab.demos import common, data_parallel, dialled_network, hello, ping_pong, ring_all_reduce
 from slimlab.demos.common import load_demo
 from slimlab.demos.measure import num_wrong, spread_text
 from slimlab.demos.report import Report, short, size_text, time_text
+from slimlab.demos.training import Run
+from slimlab.demos.training_checks import largest_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 # Short, and without a limit on seconds where they are measured.
@@ -28,6 +30,7 @@ SMALL = {
     "ring_all_reduce": ["--elements", "11", "--repeats", "1"],
     "collectives": ["--elements", "7"],
     "dialled_network": ["--elements", "50", "--repeats", "1", "--slack", "1e6"],
+    "data_parallel": ["--batch", "3"],
 }
 LEAST = {"ping_pong": 2}
 LAUNCHERS = {
@@ -52,7 +55,7 @@ def last_line(output):
 
 def test_there_is_a_demo_for_every_module_and_a_name_for_every_demo():
     folder = ROOT / "slimlab" / "demos"
-    helpers = {"__init__", "common", "measure", "report"}
+    helpers = {"__init__", "common", "measure", "report", "training", "training_checks"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(DEMOS)
 
 
@@ -85,7 +88,7 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
     assert found["agrees"]
 
 
-@pytest.mark.parametrize("name", ["hello", "ring_all_reduce"])
+@pytest.mark.parametrize("name", ["hello", "ring_all_reduce", "data_parallel"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
     if launcher == "mpirun" and (reason := why_not("mpich")):
@@ -119,6 +122,7 @@ SABOTAGE = {
     "ring_all_reduce": (ring_all_reduce, "messages_of", more_traffic),
     "collectives": (collectives_demo, "messages_of", more_traffic),
     "dialled_network": (dialled_network, "alpha_beta_s", lambda real: lambda *_: 1.0),
+    "data_parallel": (data_parallel, "num_params", lambda real: lambda config: real(config) + 1),
 }
 
 
@@ -146,6 +150,62 @@ def test_a_demo_whose_result_is_wrong_on_one_rank_ends_with_exit_code_1(monkeypa
     assert result.exit_code == 1
     unlike = last_line(result.output)["checks"][0]
     assert unlike["measured"] == [0, 11, 0]
+
+
+TRAINING = {"data_parallel": data_parallel}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_unlike_that_of_one_process_ends_with_exit_code_1(name, monkeypatch):
+    real = TRAINING[name].train_alone
+
+    def other(model, batches):
+        run = real(model, batches)
+        first = next(iter(run.weights))
+        run.weights[first] = run.weights[first] * (1 + 1e-9)
+        return run
+
+    monkeypatch.setattr(TRAINING[name], "train_alone", other)
+    result = invoke(name, "--ranks", 2, "--json")
+    assert result.exit_code == 1
+    wrong = [one["what"] for one in last_line(result.output)["checks"] if not one["agrees"]]
+    assert wrong
+    assert all(what.endswith("error of weights") for what in wrong)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_timeline_has_the_calls_of_every_rank(name, tmp_path):
+    path = tmp_path / "steps.json"
+    result = invoke(name, "--ranks", 2, "--timeline", path, "--json")
+    assert result.exit_code == 0, result.output
+    assert last_line(result.output)["timeline"] == str(path)
+    bars = [one for one in json.loads(path.read_text())["traceEvents"] if one["ph"] == "X"]
+    assert {bar["pid"] for bar in bars} == {0, 1}
+    assert "all_reduce" in {bar["name"] for bar in bars}
+    assert len(bars) > 6
+
+
+def test_a_timeline_can_be_a_figure(tmp_path):
+    path = tmp_path / "steps.svg"
+    assert invoke("data_parallel", "--ranks", 2, "--timeline", path).exit_code == 0
+    assert "</svg>" in path.read_text()
+
+
+@pytest.mark.parametrize("path", ["no/such/folder.json", "steps"])
+def test_a_timeline_that_cannot_be_written_is_refused_before_anything_starts(path):
+    result = invoke("data_parallel", "--timeline", path)
+    assert result.exit_code == 2
+    assert path in result.output
+
+
+def test_errors_that_are_no_numbers_are_not_small():
+    true = Run([1.0], [{"w": torch.ones(2)}], {"w": torch.ones(2)})
+    assert largest_errors(true, true) == [0.0, 0.0, 0.0]
+    bad = Run([float("nan")], [{"w": torch.tensor([1.0, float("nan")])}], {"w": torch.zeros(2)})
+    losses, gradients, weights = largest_errors(bad, true)
+    assert losses != losses
+    assert gradients != gradients
+    assert weights == 1.0
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import click
 
 from slimlab.config import check_choice
 
-# In the order in which chapter 07 uses them.
-DEMOS = ("hello", "ping_pong", "ring_all_reduce", "collectives", "dialled_network")
+# In the order in which the chapters use them.
+DEMOS = ("hello", "ping_pong", "ring_all_reduce", "collectives", "dialled_network", "data_parallel")
 BACKENDS = ("threads", "gloo", "mpi", "nccl")
 
 
