@@ -23,8 +23,10 @@ from slimlab.parallel.layout import (
     product_collectives,
     shardings,
 )
+from slimlab.parallel.layout_changes import change_collectives
 from slimlab.parallel.layout_names import sizes_of
 from slimlab.parallel.mesh import AXES, MeshShape
+from slimlab.parallel.tensor_collectives import join_parts, sum_parts
 
 # All sizes differ, so that a wrong name cannot have the right size.
 SIZES = {
@@ -289,3 +291,114 @@ def test_products_with_strange_dims_are_refused():
         product_collectives(X, W, (*HIDDEN, "heads"), Layout())
     with pytest.raises(InputError, match="both along"):
         product_collectives(X, W, HIDDEN, TENSOR_PARALLEL.with_rules(("batch", "tensor")))
+
+
+WHOLE, ROWS, COLUMNS = (
+    Sharding(("a", "b"), axes) for axes in ((None, None), ("tensor", None), (None, "tensor"))
+)
+
+
+# Without the all_to_all, which DTensor replaces on gloo by an all_gather.
+DTENSOR_CHANGES = [
+    (ROWS, WHOLE, False), (COLUMNS, WHOLE, False), (WHOLE, WHOLE, True), (WHOLE, ROWS, True),
+    (WHOLE, ROWS, False), (ROWS, ROWS, False),
+]  # fmt: skip
+
+
+def change(comm, collective, part, dim_before, dim_after):
+    """Carry a collective out along the dims that it is about."""
+    if collective == "all_reduce":
+        return comm.all_reduce(part)
+    if collective == "all_gather":
+        return join_parts(part, comm, dim_before)
+    if collective == "reduce_scatter":
+        return sum_parts(part, comm, dim_after)
+    pieces = torch.cat(part.chunk(comm.world_size, dim_after))
+    received = comm.all_to_all(pieces.contiguous()).chunk(comm.world_size)
+    return torch.cat(received, dim_before)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "partial", "collective"),
+    [
+        (ROWS, WHOLE, False, "all_gather"),
+        (COLUMNS, WHOLE, False, "all_gather"),
+        (ROWS, COLUMNS, False, "all_to_all"),
+        (COLUMNS, ROWS, False, "all_to_all"),
+        (WHOLE, WHOLE, True, "all_reduce"),
+        (WHOLE, ROWS, True, "reduce_scatter"),
+        (WHOLE, COLUMNS, True, "reduce_scatter"),
+        (WHOLE, ROWS, False, None),
+        (ROWS, ROWS, False, None),
+        (WHOLE, WHOLE, False, None),
+    ],
+)
+def test_a_change_of_layout_takes_the_collective_that_brings_it_about(
+    before, after, partial, collective
+):
+    found = change_collectives(before, after, partial=("tensor",) if partial else ())
+    assert found == (((collective, "tensor"),) if collective else ())
+
+    def program(comm):
+        shape, at = MeshShape(tensor=comm.world_size), (0, 0, comm.rank)
+        summands = torch.arange(3 * 6 * 9.0).view(3, 6, 9)
+        whole = summands.sum(0) if partial else summands[0]
+        given = summands[comm.rank] if partial else whole
+        part = given[local_slices(whole.shape, before, shape, at)].contiguous()
+        if collective:
+            dims = before.dim_along("tensor"), after.dim_along("tensor")
+            part = change(comm, collective, part, *dims)
+        elif before == WHOLE:
+            part = part[local_slices(whole.shape, after, shape, at)]
+        assert torch.equal(part, whole[local_slices(whole.shape, after, shape, at)])
+        return comm.ledger.num_calls(collective or "send")
+
+    assert run_ranks(program, 3) == [1 if collective else 0] * 3
+
+
+def test_sequence_parallelism_turns_an_all_reduce_into_two_changes():
+    stream, inside = ("batch", "sequence", "model"), ("batch", "position", "model")
+    for layout, into, out in (
+        (TENSOR_PARALLEL, (), (("all_reduce", "tensor"),)),
+        (SEQUENCE_PARALLEL, (("all_gather", "tensor"),), (("reduce_scatter", "tensor"),)),
+    ):
+        stream_sharding, inside_sharding = layout.sharding_of(stream), layout.sharding_of(inside)
+        assert change_collectives(stream_sharding, inside_sharding) == into
+        found = change_collectives(inside_sharding, stream_sharding, partial=("tensor",))
+        assert found == out
+
+
+def test_dtensor_takes_the_same_collectives_for_the_same_changes():
+    if reason := comm_runtimes.why_not("gloo"):
+        pytest.skip(reason)
+    names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+
+    def program(comm):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Partial
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        mesh, found = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=AXES), []
+        for before, after, partial in DTENSOR_CHANGES:
+            given = list(dtensor_placements(before))
+            if partial:
+                given[AXES.index("tensor")] = Partial()
+            tensor = DTensor.from_local(torch.ones(4, 6), mesh, given)
+            with CommDebugMode() as counted:
+                tensor.redistribute(mesh, dtensor_placements(after))
+            calls = [str(call).rpartition(".")[2] for call in counted.get_comm_counts()]
+            found.append([names.get(call, call) for call in calls])
+        return found
+
+    ours = [
+        [name for name, _ in change_collectives(before, after, partial=("tensor",) * partial)]
+        for before, after, partial in DTENSOR_CHANGES
+    ]
+    assert run_ranks(program, 2, backend="gloo") == [ours] * 2
+
+
+def test_changes_between_different_tensors_and_cut_partial_sums_are_refused():
+    with pytest.raises(InputError, match="2 dims"):
+        change_collectives(ROWS, Sharding(("a",), (None,)))
+    with pytest.raises(InputError, match="either cuts"):
+        change_collectives(ROWS, WHOLE, partial=("tensor",))
