@@ -102,19 +102,17 @@ def check_degree(world_size: int, sizes: dict[str, int], num_kv_heads: int) -> N
     limit = min(sizes.values(), default=num_kv_heads)
     fitting = [n for n in range(1, limit + 1) if _fits(n, sizes, num_kv_heads)]
     near = [n for n in fitting if n < world_size][-1:] + [n for n in fitting if n > world_size][:1]
+    lows = {name: sizes[name] // world_size * world_size for name in wrong}
     changes = [
-        f"{name}={low}" + (f" or {low + world_size}" if low else "")
-        for name, size in sizes.items()
-        if size % world_size
-        for low in [size // world_size * world_size or world_size]
+        f"{name}={f'{low} or ' if low else ''}{low + world_size}" for name, low in lows.items()
     ]
     listed = ", ".join(f"{name} = {size}" for name, size in sizes.items())
     raise InputError(
         f"a number of ranks that divides {', '.join(sizes)}"
         + (", and num_kv_heads or a multiple of it" if num_kv_heads > 1 else ""),
         f"{world_size} ranks for {listed}, num_kv_heads = {num_kv_heads}; what does not fit: "
-        f"{', '.join(wrong + [] if keys_fit else [*wrong, 'num_kv_heads'])}",
-        f"share the model among {' or '.join(map(str, near))} ranks"
+        f"{', '.join(wrong if keys_fit else [*wrong, 'num_kv_heads'])}",
+        f"take a group of {' or '.join(map(str, near))}"
         + (f"; or make the model with {', '.join(changes)}" if changes else "")
         + "; or leave the rule for what does not divide out of the layout",
     )
