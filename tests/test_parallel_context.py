@@ -165,8 +165,9 @@ def run_of(model, gradients):
     return losses, grads, copy_of_weights(model)
 
 
-def train(comm, form, order):
+def train(comm, form, order, recompute="none"):
     model = context_parallel(long_model(form), comm, order=order)
+    model.recompute = recompute
     replica, objective = DataParallel(model, comm), context_objective(comm, order)
     return run_of(model, lambda batch: replica.gradients(batch, objective, micro_batch_size=2))
 
@@ -192,6 +193,16 @@ def test_a_training_on_processes_equals_one_process(runtime):
     form = "rotary, grouped, swiglu"
     with comm_runtimes.started_by(runtime) as backend:
         check_trainings(run_ranks(train, 2, backend=backend, args=(form, "zigzag")), form)
+
+
+def test_blocks_that_are_computed_again_ask_the_ring_again():
+    form = "rotary, grouped, swiglu"
+    results = run_ranks(train, 2, args=(form, "zigzag", "block"))
+    check_trainings(results, form)
+    sends = [ledger.num_calls("send") for ledger in results.ledgers]
+    plain = run_ranks(train, 2, args=(form, "zigzag")).ledgers
+    num_forwards = NUM_STEPS * 2 * 2  # micro-batches and layers, one message each
+    assert sends == [ledger.num_calls("send") + num_forwards for ledger in plain]
 
 
 def test_weights_keep_their_names():

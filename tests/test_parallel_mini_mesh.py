@@ -134,6 +134,16 @@ def test_replicas_agree_after_a_run():
         assert all(np.array_equal(first, other) for other in others)
 
 
+def test_two_variables_can_change_places():
+    graph = Graph()
+    first, second = (graph.variable((HIDDEN,), np.full(4, n)) for n in (1.0, 2.0))
+    graph.assign(first, second)
+    graph.assign(second, first)
+    lowering = Lowering(graph, MeshShape(tensor=2), Layout((("hidden", "tensor"),)))
+    lowering.run({})
+    assert [lowering.export(one).tolist() for one in (first, second)] == [[2.0] * 4, [1.0] * 4]
+
+
 @pytest.mark.parametrize(
     ("rules", "sizes", "named"),
     [

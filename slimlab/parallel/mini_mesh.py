@@ -129,9 +129,8 @@ class Lowering:
                 self.parts[one] = {at: self._compute(one, at) for at in self.processors}
             for _, axis in collectives:
                 self._all_reduce(self.parts[one], AXES.index(axis))
-        for one, _, _ in self.steps:
-            if one.kind == "assign":
-                self.parts[one.inputs[0]] = self.parts[one.inputs[1]]
+        assigned = [one.inputs for one, _, _ in self.steps if one.kind == "assign"]
+        self.parts.update({variable: self.parts[value] for variable, value in assigned})
 
     def export(self, tensor: NamedTensor) -> np.ndarray:
         """Put the processors' parts of a `tensor` together."""
