@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import collectives, common, start_up, tokenizer, training_step
+from benchmarks import (
+    collectives,
+    common,
+    parallel_rivals,
+    parallel_steps,
+    start_up,
+    tokenizer,
+    training_step,
+)
 from benchmarks.common import Comparison, compare, median_interval, quartiles, table, take_turns
 from slimlab.comm import launch
+from slimlab.comm.report import RankError
 from slimlab.config import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +95,38 @@ def test_the_benchmark_of_starting_ranks_reports_in_its_form(capsys):
     start_up.main(["--quick", "--ranks", "2", "--rounds", "1", "--json"])
     found = json.loads(capsys.readouterr().out)
     check_form(found, "start_up", [f"run_ranks, {name}" for name in ("threads", "gloo", "mpi")], 1)
+
+
+@pytest.mark.skipif(launch.why_not("mpi", 2) is not None, reason="no MPI")
+def test_the_benchmark_of_split_steps_reports_in_its_form(capsys):
+    options = ["--shape", "tiny", "--rounds", "1", "--batch-size", "2", "--seq-len", "8"]
+    parallel_steps.main([*options, "--vocab-size", "50", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    rivals = {"data": ["DDP"], "zero": ["fully_shard"]}
+    rivals["tensor"] = [f"DTensor {plan}" for plan in ("linears", "shared", "vocabulary")]
+    tasks = [
+        f"{scheme}: ours, {transport} beside {rival}"
+        for scheme, names in rivals.items()
+        for transport in ("gloo", "mpi")
+        for rival in names
+    ]
+    check_form(found, "parallel_steps", tasks, 1)
+    assert found["settings"]["optimizer"] == "fused AdamW on every side"
+
+
+def test_split_steps_that_differ_are_refused_before_any_time_is_taken(monkeypatch):
+    def measured(comm):
+        def doubled(task):
+            step = parallel_rivals.our_data(task, comm)
+            return lambda: 2 * step()
+
+        rivals = (parallel_rivals.our_data, {"doubled": doubled})
+        monkeypatch.setitem(parallel_steps.SCHEMES, "data", rivals)
+        task = parallel_rivals.Task("tiny", 2, 8, 50)
+        return parallel_steps.measure("data", task, {"gloo": comm}, rounds=1)
+
+    with pytest.raises(RankError, match="doubled: the losses of 3 steps"):
+        launch.run_ranks(measured, 1)
 
 
 def test_both_models_have_the_same_parameters_and_stay_equal_while_they_learn():
