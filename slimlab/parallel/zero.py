@@ -86,10 +86,10 @@ class Zero(DataParallel):
         settings = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum}
         groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
         optimizer_of_groups(optimizer, groups, **settings)  # refuses wrong settings first
+        decaying = _decaying(model, decay_embeddings)
         if broadcast:
             broadcast_model(model, comm)
         self.stage, self.units = stage, units_of(model)
-        decaying = {p for group in groups if group["weight_decay"] for p in group["params"]}
         self.flats = [
             [FlatParameter(*row, comm, stage) for row in _rows(unit, decaying, stage)]
             for unit in self.units
@@ -275,6 +275,11 @@ class Zero(DataParallel):
             "none since the last step, or such as were refused",
             "call gradients(batch, objective) first",
         )
+
+
+def _decaying(model: nn.Module, decay_embeddings: bool) -> set[nn.Parameter]:
+    groups = parameter_groups(model, 1.0, decay_embeddings=decay_embeddings)
+    return {param for group in groups if group["weight_decay"] for param in group["params"]}
 
 
 def _rows(unit: Unit, decaying: set[nn.Parameter], stage: int) -> list[tuple[dict, int]]:

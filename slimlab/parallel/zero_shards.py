@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
 from slimlab.comm.calls import Handle
-from slimlab.plan.zero import shard_size
+from slimlab.plan.zero_units import shard_size
 
 
 class FlatParameter:
