@@ -15,7 +15,15 @@ from slimlab.cli import main
 from slimlab.comm.calibrate import Calibration, Fit, save_calibration
 from slimlab.commands.communication import DEMOS, line_about
 from slimlab.demos import collectives as collectives_demo
-from slimlab.demos import common, data_parallel, dialled_network, hello, ping_pong, ring_all_reduce
+from slimlab.demos import (
+    common,
+    data_parallel,
+    dialled_network,
+    hello,
+    ping_pong,
+    ring_all_reduce,
+    tensor_parallel,
+)
 from slimlab.demos.common import load_demo
 from slimlab.demos.measure import num_wrong, spread_text
 from slimlab.demos.report import Report, short, size_text, time_text
@@ -31,8 +39,10 @@ SMALL = {
     "collectives": ["--elements", "7"],
     "dialled_network": ["--elements", "50", "--repeats", "1", "--slack", "1e6"],
     "data_parallel": ["--batch", "3"],
+    "tensor_parallel": ["--batch", "2"],
 }
 LEAST = {"ping_pong": 2}
+TRAINING = {"data_parallel": data_parallel, "tensor_parallel": tensor_parallel}
 LAUNCHERS = {
     "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -88,8 +98,15 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
     assert found["agrees"]
 
 
-@pytest.mark.parametrize("name", ["hello", "ring_all_reduce", "data_parallel"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+# Each start of processes takes seconds, and all demos start in the same way.
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [
+        *((launcher, name) for launcher in LAUNCHERS for name in ("hello", "ring_all_reduce")),
+        ("torchrun", "data_parallel"),
+        ("mpirun", "tensor_parallel"),
+    ],
+)
 def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
     if launcher == "mpirun" and (reason := why_not("mpich")):
         pytest.skip(reason)
@@ -123,6 +140,7 @@ SABOTAGE = {
     "collectives": (collectives_demo, "messages_of", more_traffic),
     "dialled_network": (dialled_network, "alpha_beta_s", lambda real: lambda *_: 1.0),
     "data_parallel": (data_parallel, "num_params", lambda real: lambda config: real(config) + 1),
+    "tensor_parallel": (tensor_parallel, "predict_start", lambda real: lambda *_: ()),
 }
 
 
@@ -150,9 +168,6 @@ def test_a_demo_whose_result_is_wrong_on_one_rank_ends_with_exit_code_1(monkeypa
     assert result.exit_code == 1
     unlike = last_line(result.output)["checks"][0]
     assert unlike["measured"] == [0, 11, 0]
-
-
-TRAINING = {"data_parallel": data_parallel}
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -206,6 +221,23 @@ def test_errors_that_are_no_numbers_are_not_small():
     assert losses != losses
     assert gradients != gradients
     assert weights == 1.0
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_before_any_starts(monkeypatch):
+    result = invoke("tensor_parallel", "--ranks", 5)
+    assert result.exit_code == 2
+    assert "choose world_size from 1, 2, 3, 4, 6, 12" in result.output
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "3")
+    result = invoke("tensor_parallel", "--size", "book")
+    assert result.exit_code == 2
+    assert "world_size = 3, num_heads = 4" in result.output
+
+
+def test_sequence_parallelism_agrees_too():
+    result = invoke("tensor_parallel", "--ranks", 2, "--sequence-parallel", "--json")
+    assert result.exit_code == 0, result.output
+    assert "calls of reduce_scatter" in result.output
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ import click
 from slimlab.config import check_choice
 
 # In the order in which the chapters use them.
-DEMOS = ("hello", "ping_pong", "ring_all_reduce", "collectives", "dialled_network", "data_parallel")
+DEMOS = (
+    "hello",
+    "ping_pong",
+    "ring_all_reduce",
+    "collectives",
+    "dialled_network",
+    "data_parallel",
+    "tensor_parallel",
+)
 BACKENDS = ("threads", "gloo", "mpi", "nccl")
 
 

@@ -52,7 +52,11 @@ class DemoCommand(click.Command):
 
 
 def demo_command(
-    program: Callable[..., Report], *options: Callable, ranks: int = RANKS, least: int = 1
+    program: Callable[..., Report],
+    *options: Callable,
+    ranks: int = RANKS,
+    least: int = 1,
+    check: Callable[..., None] | None = None,
 ) -> DemoCommand:
     """Make the command of a demo; its name and its help come from the program's module.
 
@@ -61,6 +65,8 @@ def demo_command(
     options  of its own, made by slimlab.demos.common.number
     ranks    how many to start where nobody says
     least    how many it needs
+    check    a function of the number of ranks and the settings, which raises InputError where they
+             do not fit; called before a rank is started or connected, where their number is known
     """
     module = inspect.getmodule(program)
     name = os.path.splitext(os.path.basename(inspect.getfile(program)))[0]
@@ -76,6 +82,7 @@ def demo_command(
             timeout_s=timeout_s,
             default=default_ranks,
             least=least,
+            check=check,
         )
         if prints:
             click.echo(report.text())
@@ -109,6 +116,7 @@ def run_demo(
     timeout_s: float,
     default: int = RANKS,
     least: int = 1,
+    check: Callable[..., None] | None = None,
 ) -> tuple[Report, bool]:
     """Run a demo's program on all ranks, whoever starts them.
 
@@ -119,15 +127,19 @@ def run_demo(
     timeout_s   until ranks that wait are ended
     default     number of ranks to start where nobody says
     least       how many the program needs
+    check       as in demo_command
     returns     its report, and whether this process is to print it
 
-    Ends this process with exit code 2 if a launcher has started other ranks than those asked for.
-    Raises what run_ranks and connect raise.
+    Ends this process with exit code 2 if a launcher has started other ranks than those asked for,
+    or such as do not fit.
+    Raises what run_ranks, connect and check raise.
     """
     launcher = launcher_of(os.environ)
     if launcher.kind == "alone":
         world_size = default if world_size is None else world_size
         _check_least(world_size, least)
+        if check is not None:
+            check(world_size, *args)
         reports = run_ranks(
             program, world_size, backend=backend or "threads", timeout_s=timeout_s, args=args
         )
@@ -136,10 +148,14 @@ def run_demo(
         _check_backend(backend, launcher)
         if launcher.world_size is not None:
             _check_ranks(launcher.world_size, world_size, least, launcher)
+            if check is not None:
+                check(launcher.world_size, *args)
     except InputError as error:
         _refuse(error, launcher)
     comm = connect(timeout_s, backend=backend)
     _check_ranks(comm.world_size, world_size, least, launcher)
+    if check is not None:
+        check(comm.world_size, *args)
     return program(comm, *args), comm.rank == 0
 
 
