@@ -7,7 +7,9 @@ from slimlab.show.architecture import framed_figure, mask_panels
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
+from slimlab.show.parallel import scaling_figure, shards_figure
 from slimlab.show.predicted import predicted_figure
+from slimlab.show.schedules import schedule_figure
 from slimlab.show.sharding import block_matrices_figure, cut_figure, layout_figure
 from slimlab.show.source import show_source
 from slimlab.show.stacks import stacked_bars
@@ -37,6 +39,9 @@ __all__ = [
     "matrix_product_figure",
     "predicted_figure",
     "progress",
+    "scaling_figure",
+    "schedule_figure",
+    "shards_figure",
     "show_source",
     "stacked_bars",
     "steps_figure",
