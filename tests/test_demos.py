@@ -23,6 +23,7 @@ from slimlab.demos import (
     ping_pong,
     ring_all_reduce,
     tensor_parallel,
+    zero,
 )
 from slimlab.demos.common import load_demo
 from slimlab.demos.measure import num_wrong, spread_text
@@ -39,10 +40,11 @@ SMALL = {
     "collectives": ["--elements", "7"],
     "dialled_network": ["--elements", "50", "--repeats", "1", "--slack", "1e6"],
     "data_parallel": ["--batch", "3"],
+    "zero": ["--batch", "3"],
     "tensor_parallel": ["--batch", "2"],
 }
 LEAST = {"ping_pong": 2}
-TRAINING = {"data_parallel": data_parallel, "tensor_parallel": tensor_parallel}
+TRAINING = {"data_parallel": data_parallel, "zero": zero, "tensor_parallel": tensor_parallel}
 LAUNCHERS = {
     "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -104,6 +106,7 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
     [
         *((launcher, name) for launcher in LAUNCHERS for name in ("hello", "ring_all_reduce")),
         ("torchrun", "data_parallel"),
+        ("torchrun", "zero"),
         ("mpirun", "tensor_parallel"),
     ],
 )
@@ -140,6 +143,7 @@ SABOTAGE = {
     "collectives": (collectives_demo, "messages_of", more_traffic),
     "dialled_network": (dialled_network, "alpha_beta_s", lambda real: lambda *_: 1.0),
     "data_parallel": (data_parallel, "num_params", lambda real: lambda config: real(config) + 1),
+    "zero": (zero, "predict_broadcast", lambda real: lambda *_: ()),
     "tensor_parallel": (tensor_parallel, "predict_start", lambda real: lambda *_: ()),
 }
 

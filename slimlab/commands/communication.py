@@ -21,6 +21,7 @@ DEMOS = (
     "collectives",
     "dialled_network",
     "data_parallel",
+    "zero",
     "tensor_parallel",
 )
 BACKENDS = ("threads", "gloo", "mpi", "nccl")

@@ -42,21 +42,23 @@ def largest_errors(found: Run, true: Run) -> list[float]:
     ]
 
 
-def check_run(report: Report, comm: Communicator, what: str, found: Run, true: Run) -> None:
+def check_run(report: Report, comm: Communicator, what: str, found: Run, true: Run) -> list[float]:
     """Compare losses, gradients and weights of every rank with those of one process.
 
-    report  takes the checks
-    comm    the communicator of all ranks
-    what    stands before each check; may be empty
-    found   of this rank
-    true    of one process
+    report   takes the checks
+    comm     the communicator of all ranks
+    what     stands before each check; may be empty
+    found    of this rank
+    true     of one process
+    returns  the largest errors on any rank
 
     Communicates: one all_gather.
     """
-    columns = zip(*from_all_ranks(comm, largest_errors(found, true)))
+    columns = list(zip(*from_all_ranks(comm, largest_errors(found, true))))
     for name, errors in zip(("losses", "gradients", "weights"), columns):
         agrees = all(error < BOUND for error in errors)
         report.check(f"{what}error of {name}", f"< {BOUND:g}", list(errors), agrees=agrees)
+    return [_largest(errors) for errors in columns]
 
 
 def check_calls(
@@ -118,7 +120,7 @@ def check_held(
     report.table(f"{what}bytes that rank 0 holds", ("", "predicted", "counted"), rows)
 
 
-def _largest(errors: list[float]) -> float:
+def _largest(errors: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
