@@ -1,0 +1,90 @@
+"""What a training program does to save time, apart from the layout: kernels, overlap, messages.
+
+The step-time model (slimlab.plan.step_time) reads these choices; each is a fact about a program,
+known before it runs, and none is a number to turn. Chapter 11 switches them one by one.
+
+Production has more: kernels for each GPU, communication inside matrix products, 8-bit products.
+"""
+
+from dataclasses import dataclass
+
+from slimlab.config import check_choice, require
+
+ATTENTION = ("explicit", "fused")
+
+
+@dataclass(frozen=True)
+class Software:
+    """The choices of a training program.
+
+    attention         "explicit": all scores are written to memory; "fused": they never are, hidden
+                      tiles of a causal mask are skipped, and the backward pass makes scores again
+    fused_kernels     one kernel adds bias, dropout and residual, one adds bias and activates, one
+                      scales, masks and normalises scores; else one kernel for each of these, and
+                      scores in 32 bits
+    fused_gradients   the product that makes a weight gradient adds it to the sum of micro-batches;
+                      else it is written, and added by another kernel
+    overlap_tensor    in the backward pass, collectives of tensor parallelism run beside products
+                      that do not need their result
+    overlap_data      gradients are summed over replicas while the backward pass goes on; with
+                      zero_stage 3, weights are gathered while the block before computes
+    split_messages    ranks of a tensor group send a part of each message between stages, and gather
+                      it inside the host; else each sends all of it
+    gradient_bytes    2 or 4, per element of the sum of gradients
+
+    Raises InputError for a value that is none of these.
+    """
+
+    attention: str = "fused"
+    fused_kernels: bool = True
+    fused_gradients: bool = True
+    overlap_tensor: bool = True
+    overlap_data: bool = True
+    split_messages: bool = True
+    gradient_bytes: int = 4
+
+    def __post_init__(self):
+        check_choice("attention", self.attention, ATTENTION)
+        asked = "gradient_bytes: 2 or 4"
+        given, change = f"gradient_bytes = {self.gradient_bytes!r}", "choose one of them"
+        require(self.gradient_bytes in (2, 4), asked, given, change)
+        for name in FLAGS:
+            value = getattr(self, name)
+            asked, change = f"{name}, True or False", f"give {name}=True or {name}=False"
+            require(isinstance(value, bool), asked, f"{name} = {value!r}", change)
+
+
+FLAGS = (
+    "fused_kernels", "fused_gradients", "overlap_tensor", "overlap_data", "split_messages",
+)  # fmt: skip
+
+SOFTWARE = {
+    # Narayanan et al. 2021: fused kernels (section 4.2), split messages (4.1), float16; nothing
+    # overlaps.
+    "megatron-2021": Software(
+        attention="explicit", fused_gradients=False, overlap_tensor=False, overlap_data=False,
+        gradient_bytes=2,
+    ),
+    # Korthikanti et al. 2022: collectives of tensor parallelism run beside weight gradients.
+    "megatron-2022": Software(attention="explicit", overlap_data=False, gradient_bytes=2),
+    # Pipelines of Megatron-DeepSpeed: whole messages, gradients summed in 32 bits.
+    "megatron-deepspeed": Software(
+        attention="explicit", fused_gradients=False, overlap_tensor=False, overlap_data=False,
+        split_messages=False,
+    ),
+    # PyTorch's own kernels and fully_shard, without a compiler.
+    "torch-fsdp": Software(fused_kernels=False, fused_gradients=False, overlap_tensor=False),
+    # Fused attention and every overlap above.
+    "current": Software(),
+}  # fmt: skip
+
+
+def find_software(name: str) -> Software:
+    """Return the choices of a program in SOFTWARE.
+
+    name  its key
+
+    Raises InputError that lists all names.
+    """
+    check_choice("software", name, tuple(SOFTWARE))
+    return SOFTWARE[name]
