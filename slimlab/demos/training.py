@@ -90,7 +90,9 @@ def make_batches(
         shape = (batch_size, config.seq_len + 1)
         ids = torch.randint(config.vocab_size, shape, generator=generator)
         inputs, targets = ids[:, :-1].clone(), ids[:, 1:].clone()
-        lengths = torch.randint(1, config.seq_len + 1, (batch_size, 1), generator=generator)
+        # A token that can attend to itself alone gives queries and keys no gradient to compare.
+        least, most = config.seq_len // 2, config.seq_len
+        lengths = torch.randint(least, most + 1, (batch_size, 1), generator=generator)
         targets[torch.arange(config.seq_len) >= lengths] = IGNORE
         batches.append((inputs.to(device), targets.to(device)))
     return batches
