@@ -17,24 +17,26 @@ torch, DeepSpeed. They keep 16-bit weights beside 32-bit masters, and overlap ca
 Rajbhandari et al. 2020 (arXiv:1910.02054); Zhao et al. 2023 (arXiv:2304.11277).
 """
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
-from slimlab.config import check_number, require
+from slimlab.config import require
 from slimlab.parallel.data import DataParallel, _is_empty
 from slimlab.parallel.data_replicas import broadcast_model
-from slimlab.parallel.zero_gradients import ShardedGradients, check_used
-from slimlab.parallel.zero_shards import FlatParameter, held_bytes
+from slimlab.parallel.zero_checkpoint import load_shards, save_shards
+from slimlab.parallel.zero_gradients import ShardedGradients, check_used, clip_shards
+from slimlab.parallel.zero_shards import FlatParameter, held_bytes, rows_of
 from slimlab.parallel.zero_stage3 import ShardedUnits
-from slimlab.parallel.zero_units import Unit, units_of
+from slimlab.parallel.zero_units import units_of
+from slimlab.plan.zero import check_stage
 from slimlab.train.accumulate import Objective, split_batch
-from slimlab.train.optimizer import LEAST, optimizer_of_groups, parameter_groups
-
-STAGES = (1, 2, 3)
+from slimlab.train.optimizer import optimizer_of_groups, parameter_groups
 
 
 class Zero(DataParallel):
@@ -53,8 +55,10 @@ class Zero(DataParallel):
 
     optimizer     of torch's form, over this rank's shards; a schedule sets its groups' lr
     units         of slimlab.parallel.zero_units.Unit
+    rows          of slimlab.parallel.zero_shards.FlatParameter, in the order of the units
+    num_steps     updates made
 
-    Communicates: what broadcast_model does.
+    Communicates: what broadcast_model does; close(), in stage 3, one all_gather per row.
     Raises InputError if the ranks' models differ, nothing is to be trained, or for settings out of
     range.
     """
@@ -76,35 +80,31 @@ class Zero(DataParallel):
         check_finite: bool = True,
         broadcast: bool = True,
     ):
-        require(
-            stage in STAGES and not isinstance(stage, bool),
-            "stage: 1, 2 or 3",
-            f"stage = {stage!r}",
-            "1 cuts the optimizer's state, 2 gradients too, 3 weights too; for none of them take "
-            "slimlab.parallel.data.DataParallel",
-        )
+        check_stage(stage)
         settings = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum}
         groups = parameter_groups(model, weight_decay, decay_embeddings=decay_embeddings)
         optimizer_of_groups(optimizer, groups, **settings)  # refuses wrong settings first
-        decaying = _decaying(model, decay_embeddings)
+        matrices = parameter_groups(model, 1.0, decay_embeddings=decay_embeddings)
+        decaying = {p for group in matrices if group["weight_decay"] for p in group["params"]}
         if broadcast:
             broadcast_model(model, comm)
         self.stage, self.units = stage, units_of(model)
-        self.flats = [
-            [FlatParameter(*row, comm, stage) for row in _rows(unit, decaying, stage)]
-            for unit in self.units
-        ]
+        flats = [rows_of(unit.params, decaying, comm, stage) for unit in self.units]
+        self.rows = [flat for some in flats for flat in some]
         if stage == 3:
-            buckets = ShardedUnits(self.units, self.flats, model, check_finite, prefetch)
+            buckets = ShardedUnits(self.units, flats, model, check_finite, prefetch)
         else:
-            trained = [flat for some in reversed(self.flats) for flat in some]
+            trained = [flat for some in reversed(flats) for flat in some]
             buckets = ShardedGradients(trained, stage, check_finite)
         self.model, self.comm, self.buckets = model, comm, buckets
         self._sync, self._new_step = True, True
         self._loss_sum, self._num_tokens = 0.0, 0
         self._has_gradients = False
-        shards = _shard_groups(buckets.flats, weight_decay)
+        shards = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+        for flat in buckets.flats:
+            flat.make_pieces(*(group["params"] for group in shards))
         self.optimizer = optimizer_of_groups(optimizer, shards, **settings)
+        self.num_steps = 0
 
     def backward(
         self,
@@ -180,17 +180,8 @@ class Zero(DataParallel):
         Raises InputError for a max_norm that is not above 0, and if there are no gradients.
         Equal to slimlab.train.optimizer.clip_gradients on the whole model.
         """
-        if max_norm != torch.inf:
-            check_number("max_norm", max_norm, float, LEAST, torch.inf)
         self._check_gradients("clip")
-        grads = [flat.shard_grad for flat in self.buckets.flats]
-        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in grads]
-        total = self.comm.all_reduce(torch.stack(squares).sum())
-        total_norm = total.sqrt()
-        factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor)
-        return total_norm.to(grads[0].dtype)
+        return clip_shards(self.buckets.flats, self.comm, max_norm)
 
     def step(self) -> None:
         """Update this rank's shards; the ranks exchange the new weights, in stage 3 at their use.
@@ -200,12 +191,9 @@ class Zero(DataParallel):
         """
         self._check_gradients("step")
         self.optimizer.step()
+        self.num_steps += 1
         self._has_gradients = False
-        if self.stage < 3:
-            for flat in reversed(self.buckets.flats):
-                flat.exchange()
-        else:
-            self.buckets.give_up()
+        self.buckets.renew_weights()
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Return the whole gradients, by the names of the parameters, the same on every rank.
@@ -225,6 +213,46 @@ class Zero(DataParallel):
         named = self.model.named_parameters()
         return {n: found[n] if n in found else p.detach().clone() for n, p in named}
 
+    def save(
+        self,
+        folder: str | os.PathLike,
+        step: int,
+        *,
+        extra: dict | None = None,
+        keep: int = 2,
+    ) -> Path:
+        """Write a checkpoint, every rank its shard, whole or not at all.
+
+        folder   of the run, the same for all ranks, made if missing
+        step     updates made so far; gives the checkpoint its name
+        extra    more that the run needs to go on, for JSON; that of rank 0 counts
+        keep     so many checkpoints stay, of this step and before it
+        returns  the path of the checkpoint
+
+        Communicates: three all_gathers of a message, one after each part of the work.
+        Raises InputError, on every rank, if a whole checkpoint of this step is there already, or a
+        rank cannot write; the last good checkpoint is then untouched.
+        """
+        return save_shards(self, folder, step, extra or {}, keep)
+
+    def load(self, path: str | os.PathLike, say: Callable[[str], None] = print) -> tuple[int, dict]:
+        """Go on from a checkpoint of any number of ranks, any stage, or one process.
+
+        path     a checkpoint of save or of slimlab.train.checkpoint, or the folder of a run, of
+                 which the newest whole one is taken
+        say      told, on rank 0, of damaged checkpoints that are passed over
+        returns  the step, and what the run added as extra
+
+        Communicates: three all_gathers and a broadcast of a message; in stages 1 and 2 one
+        all_gather per flat parameter.
+        Raises InputError, on every rank, for what is no checkpoint, damaged, or of another model,
+        with the names; nothing is then changed.
+        """
+        source = load_shards(self, path, say)
+        self._has_gradients, self._new_step = False, True
+        self.buckets.renew_weights()
+        return source.step, source.extra
+
     def held_bytes(self) -> dict[str, int]:
         """Count the bytes of the tensors that exist on this rank, from their storages.
 
@@ -233,29 +261,24 @@ class Zero(DataParallel):
                  stage 3) and "unreduced" (gradients, in stages 2 and 3) at this time, and the most
                  there was at one time, "gathered_peak" and "unreduced_peak"
         """
-        flats = [flat for some in self.flats for flat in some]
-        params = list(self.model.parameters())
-        rows = [flat.whole for flat in flats]
-        states = [
-            (key, one) for state in self.optimizer.state.values() for key, one in state.items()
-        ]
-        grads = [flat.whole_grad for flat in flats]
-        is_3, momentary = self.stage == 3, self.stage > 1
-        kept = [flat.shard for flat in flats] if is_3 else [p.data for p in params]
+        is_3, kept = self.stage == 3, list(self.model.parameters())
+        states = [item for state in self.optimizer.state.values() for item in state.items()]
+        rows = [flat.whole for flat in self.rows]
+        grads = [flat.whole_grad for flat in self.rows] if self.stage > 1 else []
         return {
-            "weights": held_bytes(kept),
-            "gradients": held_bytes([flat.shard_grad for flat in flats]),
+            "weights": held_bytes([flat.shard for flat in self.rows] if is_3 else kept),
+            "gradients": held_bytes([flat.shard_grad for flat in self.rows]),
             "optimizer": held_bytes([one for key, one in states if key != "step"]),
             "optimizer_steps": held_bytes([one for key, one in states if key == "step"]),
             "gathered": held_bytes(rows) if is_3 else 0,
             "gathered_peak": self.buckets.gathered_peak_bytes if is_3 else 0,
-            "unreduced": held_bytes(grads) if momentary else 0,
-            "unreduced_peak": self.buckets.whole_peak_bytes if momentary else 0,
+            "unreduced": held_bytes(grads),
+            "unreduced_peak": self.buckets.whole_peak_bytes if grads else 0,
         }
 
     def _full(self, shard_of: Callable[[FlatParameter], Tensor | None]) -> dict[str, Tensor]:
         found = {}
-        for flat in (flat for some in self.flats for flat in some):
+        for flat in self.rows:
             shard = shard_of(flat)
             if shard is not None:
                 whole = self.comm.all_gather(shard.clone())
@@ -275,29 +298,3 @@ class Zero(DataParallel):
             "none since the last step, or such as were refused",
             "call gradients(batch, objective) first",
         )
-
-
-def _decaying(model: nn.Module, decay_embeddings: bool) -> set[nn.Parameter]:
-    groups = parameter_groups(model, 1.0, decay_embeddings=decay_embeddings)
-    return {param for group in groups if group["weight_decay"] for param in group["params"]}
-
-
-def _rows(unit: Unit, decaying: set[nn.Parameter], stage: int) -> list[tuple[dict, int]]:
-    """Divide a unit's parameters into rows; those that decay come first in each."""
-    rows: dict[tuple, dict[str, nn.Parameter]] = {}
-    for name, param in sorted(unit.params.items(), key=lambda item: item[1] not in decaying):
-        if param.requires_grad or stage == 3:
-            kind = param.requires_grad, param.dtype, param.device
-            rows.setdefault(kind, {})[name] = param
-    return [(named, sum(param in decaying for param in named.values())) for named in rows.values()]
-
-
-def _shard_groups(flats: list[FlatParameter], weight_decay: float) -> list[dict]:
-    groups = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
-    for flat in flats:
-        for group, (start, end) in zip(groups, flat.pieces()):
-            if end > start:
-                piece = nn.Parameter(flat.shard[start:end])
-                piece.grad = flat.shard_grad[start:end]
-                group["params"].append(piece)
-    return groups

@@ -13,10 +13,13 @@ Production sends on a stream of its own while the backward pass goes on.
 
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from slimlab.config import InputError, require
+from slimlab.comm.base import Communicator
+from slimlab.config import InputError, check_number, require
 from slimlab.parallel.zero_shards import FlatParameter, held_bytes
+from slimlab.train.optimizer_checks import LEAST
 
 
 class ShardedGradients:
@@ -100,6 +103,14 @@ class ShardedGradients:
             flat.shard_grad.mul_(factor)
         self.unused = [name for name, one in zip(self.names, used) if not one]
 
+    def renew_weights(self) -> None:
+        """Bring what the ranks have changed in their shards into every rank's rows.
+
+        Communicates: one all_gather per row.
+        """
+        for flat in reversed(self.flats):
+            flat.exchange()
+
     @property
     def _flat(self) -> FlatParameter:
         return self.flats[self._next]
@@ -145,3 +156,23 @@ def check_used(unused: list[str]) -> None:
         "freeze what the objective does not use: param.requires_grad_(False). AdamW counts its "
         "steps once for a shard, so it cannot pass over a part of it. No weight was changed",
     )
+
+
+def clip_shards(flats: list[FlatParameter], comm: Communicator, max_norm: float) -> Tensor:
+    """Shorten the gradients in all ranks' shards by one factor if they are too long together.
+
+    flats, comm, max_norm  of slimlab.parallel.zero.Zero.clip
+    returns  () their length before clipping, the same on every rank
+
+    Communicates: one all_reduce of a number.
+    Raises InputError for a max_norm that is not above 0.
+    """
+    if max_norm != torch.inf:
+        check_number("max_norm", max_norm, float, LEAST, torch.inf)
+    grads = [flat.shard_grad for flat in flats]
+    squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in grads]
+    total_norm = comm.all_reduce(torch.stack(squares).sum()).sqrt()
+    factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor)
+    return total_norm.to(grads[0].dtype)

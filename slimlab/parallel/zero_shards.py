@@ -39,6 +39,7 @@ class FlatParameter:
     trained        False: they are frozen; there are no gradients
     whole, shard   the weights; the shard is part of the whole, or apart from it in stage 3
     whole_grad, shard_grad  likewise of the gradients; None where there are none
+    pieces         (part of the shard that an optimizer updates, its start, its end)
     filled         whether each parameter got a gradient in this step on this rank
     arrived        whether each got one in this backward pass
     """
@@ -72,6 +73,7 @@ class FlatParameter:
             if stage > 1:
                 resize(self.whole_grad, 0)
         self.filled, self.arrived = [False] * len(self.params), [False] * len(self.params)
+        self.pieces: list[tuple[nn.Parameter, int, int]] = []
         self._handle: Handle | None = None
         self.reduced = False  # the shard holds the sum of an earlier pass of this step
 
@@ -94,14 +96,21 @@ class FlatParameter:
         parts = row[: self.ends[-1]].split(self.sizes)
         return [part.view(param.shape) for part, param in zip(parts, self.params)]
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """Return the pieces of the shard, from and to, that decay and that do not; empty ones too.
+    def make_pieces(self, decaying: list[nn.Parameter], others: list[nn.Parameter]) -> None:
+        """Make what an optimizer updates: the elements of the shard that decay, and the others.
 
         The zeros behind the last parameter are in neither.
+
+        decaying, others  lists that grow by one flat parameter each, if the shard has elements
         """
         ends = (0, self.num_decaying, self.ends[-1])
         inside = [min(max(end - self.start, 0), self.shard_size) for end in ends]
-        return list(zip(inside, inside[1:]))
+        for group, start, end in zip((decaying, others), inside, inside[1:]):
+            if start < end:
+                piece = nn.Parameter(self.shard[start:end])
+                piece.grad = self.shard_grad[start:end]
+                group.append(piece)
+                self.pieces.append((piece, start, end))
 
     def exchange(self) -> None:
         """Bring the shards, which are parts of the whole row of weights, into every rank's row.
@@ -188,6 +197,30 @@ class FlatParameter:
             resize(self.whole_grad, 0)
         for param in self.params:
             param.grad = None
+
+
+def rows_of(
+    params: dict[str, nn.Parameter],
+    decaying: set[nn.Parameter],
+    comm: Communicator,
+    stage: int,
+) -> list[FlatParameter]:
+    """Put the parameters of a unit into rows, one for each dtype and device, and for frozen ones.
+
+    params    name -> parameter
+    decaying  those that weight decay shrinks
+    comm      of the ranks that share the rows
+    stage     of ZeRO; 1 and 2 leave frozen parameters as they are
+    """
+    rows: dict[tuple, dict[str, nn.Parameter]] = {}
+    for name, param in sorted(params.items(), key=lambda item: item[1] not in decaying):
+        if param.requires_grad or stage == 3:
+            kind = param.requires_grad, param.dtype, param.device
+            rows.setdefault(kind, {})[name] = param
+    return [
+        FlatParameter(named, sum(param in decaying for param in named.values()), comm, stage)
+        for named in rows.values()
+    ]
 
 
 def resize(row: Tensor, n_bytes: int) -> None:

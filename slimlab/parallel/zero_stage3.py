@@ -113,6 +113,13 @@ class ShardedUnits(ShardedGradients):
         for number in range(len(self._units)):
             self._forward_to(number)
 
+    def renew_weights(self) -> None:
+        """Free what was gathered before the shards changed; new weights are gathered at their use.
+
+        Communicates: nothing.
+        """
+        self.give_up()
+
     def give_up(self) -> None:
         """Be ready for a new forward pass, whatever became of the last one."""
         self._at, self._in_backward = -1, False

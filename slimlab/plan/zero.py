@@ -46,7 +46,7 @@ def zero_bytes_per_rank(
 
     Raises InputError for a stage that there is not, and sizes below 1.
     """
-    _check_stage(stage, STAGES)
+    check_stage(stage, STAGES)
     check_size("world_size", world_size)
     require(num_params > 0, "num_params above 0", f"{num_params!r}", "count the parameters")
     # In the order in which the stages cut them.
@@ -78,7 +78,7 @@ def zero_held_bytes(
 
     Raises InputError for a stage, rank or optimizer that there is not, and sizes below 1.
     """
-    _check_stage(stage, STAGES[1:])
+    check_stage(stage)
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
     for name, size in (("world_size", world_size), ("item_bytes", item_bytes)):
         check_size(name, size)
@@ -132,7 +132,7 @@ def zero_step_calls(
 
     Raises InputError as zero_held_bytes does.
     """
-    _check_stage(stage, STAGES[1:])
+    check_stage(stage)
     check_size("world_size", world_size)
     units = tuple(units)
     shards = {n: shard_size(u.trained, world_size) for n, u in enumerate(units) if u.trained}
@@ -195,10 +195,18 @@ def _pass_events(units: tuple[ZeroUnit, ...], prefetch: bool) -> Iterator[tuple[
     yield from (("reduce", n) for n in range(places[-1], -1, -1))
 
 
-def _check_stage(stage: int, stages: tuple[int, ...]) -> None:
+def check_stage(stage: int, stages: tuple[int, ...] = STAGES[1:]) -> None:
+    """Refuse a stage that there is not.
+
+    stage   of ZeRO
+    stages  that there are
+
+    Raises InputError.
+    """
     require(
         stage in stages and not isinstance(stage, bool),
         f"stage: {', '.join(map(str, stages))}",
         f"stage = {stage!r}",
-        "1 cuts the optimizer's state, 2 gradients too, 3 weights too",
+        "1 cuts the optimizer's state, 2 gradients too, 3 weights too; for none of them take "
+        "slimlab.parallel.data.DataParallel",
     )

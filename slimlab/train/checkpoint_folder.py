@@ -87,12 +87,18 @@ def problem_of(path: Path) -> str | None:
         if not isinstance(state.get(key), kind):
             return f"state.json has no {key}"
     for name in sorted({"model.safetensors", "random.safetensors", "config.json"} | set(files)):
-        if problem := _problem_of_file(path / name, *files.get(name, (0, ""))):
+        if problem := problem_of_file(path / name, *files.get(name, (0, ""))):
             return f"{name} {problem}"
     return None
 
 
-def _problem_of_file(file: Path, size_bytes: int, sha256: str) -> str | None:
+def problem_of_file(file: Path, size_bytes: int, sha256: str) -> str | None:
+    """Say what is wrong with a file of a checkpoint; None: nothing.
+
+    file        that state.json lists
+    size_bytes  that it had when it was written
+    sha256      likewise
+    """
     if not file.is_file():
         return "is missing"
     if file.stat().st_size != size_bytes:
