@@ -179,3 +179,19 @@ def test_frozen_parameters_stay_frozen_in_their_parts():
 
     frozen = {n for n, _ in tiny_model(**GPT).named_parameters() if n.startswith("blocks.0.")}
     assert run_ranks(program, 2) == [frozen, frozen]
+
+
+def test_a_rank_with_another_batch_is_noticed_on_every_rank():
+    def program(comm):
+        model = tensor_parallel(tiny_model(**GPT), comm)
+        tensor_parallel_objective(model, batch_of(0))
+        swapped = tuple(one.flip(0) if comm.rank == 2 else one for one in batch_of(0))
+        messages = []
+        for batch in (batch_of(comm.rank // 2), swapped):
+            with pytest.raises(InputError, match="batches that differ: .* of 60 targets") as caught:
+                tensor_parallel_objective(model, batch)
+            messages.append(str(caught.value))
+        return messages
+
+    results = run_ranks(program, 3)
+    assert results[0] == results[1] == results[2]

@@ -4,6 +4,7 @@ Chapter 09 derives it. The cross-entropy at a position is log(sum of exp(logit))
 the target. Of a part of the vocabulary that takes two numbers: the logarithm of its own sum, and
 the target's logit if it is among its words. So ranks exchange two numbers per position, whatever
 the size of the vocabulary, and the gradient, softmax minus one at the target, needs nothing more.
+If ranks read different batches, the numbers do not fit together: nothing else would notice.
 
 Production: Megatron-LM's vocab_parallel_cross_entropy makes three all_reduces (maximum, sum,
 target), torch's loss_parallel likewise; both keep the softmax, here logits are read again instead.
@@ -32,7 +33,8 @@ def vocabulary_parallel_loss(
              same on every rank; equal to slimlab.train.objectives.token_loss of the whole logits
 
     Communicates: one all_gather of two numbers per position; backward nothing.
-    Raises InputError as token_loss does, before it communicates.
+    Raises InputError as token_loss does, before it communicates; on every rank, if the ranks were
+    given different targets, so that a target is found among no rank's words, or among those of two.
     """
     if group.world_size == 1:
         return token_loss(logits, targets)
@@ -69,11 +71,16 @@ class _Loss(torch.autograd.Function):
         local = targets - group.rank * logits.shape[-1]
         here = (local >= 0) & (local < logits.shape[-1])
         local = local.masked_fill(~here, 0)[:, None]
-        picked = logits.gather(1, local)[:, 0].masked_fill(~here, 0)
+        counted = targets != IGNORE
+        limits = torch.finfo(logits.dtype)  # no logit is as small or as large
+        picked = logits.gather(1, local)[:, 0].masked_fill_(~here, limits.min)
+        picked = picked.masked_fill_(~counted, limits.max)
         parts = torch.stack((logits.logsumexp(-1), picked))[None]  # (1, 2, N)
         parts = group.all_gather(parts)
-        normaliser, wanted = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
-        counted = targets != IGNORE
+        normaliser, found = parts[:, 0].logsumexp(0), parts[:, 1]
+        elsewhere, ignored = found == limits.min, found == limits.max
+        _check_found(elsewhere, ignored)
+        wanted = found.masked_fill(elsewhere | ignored, 0).sum(0)
         ctx.save_for_backward(logits, normaliser, local, here, counted)
         return (normaliser - wanted).masked_fill_(~counted, 0).sum()
 
@@ -84,6 +91,20 @@ class _Loss(torch.autograd.Function):
         result = (logits - normaliser[:, None]).exp_()
         result.scatter_add_(1, local, here[:, None].to(result.dtype).neg_())
         return result.mul_((counted * grad)[:, None]), None, None
+
+
+def _check_found(elsewhere: Tensor, ignored: Tensor) -> None:
+    """Refuse targets that are not among the words of exactly one rank; all ranks see the same."""
+    world_size, num_positions = elsewhere.shape
+    once = (elsewhere.sum(0) == world_size - 1) & ~ignored.any(0)
+    wrong = int((~(once | ignored.all(0))).sum())
+    require(
+        wrong == 0,
+        "the same batch on every rank that shares the model",
+        f"batches that differ: {wrong} of {num_positions} targets are not found exactly once among "
+        f"the words of {world_size} ranks",
+        "cut the data over the axis data alone; ranks of a tensor group read the same sequences",
+    )
 
 
 def _check_targets(logits: Tensor, targets: Tensor, world_size: int) -> None:
