@@ -41,13 +41,14 @@ from slimlab.demos.training import (
     write_timeline,
 )
 from slimlab.demos.training_checks import check_calls, check_held, check_run
-from slimlab.parallel.zero import STAGES, Zero
+from slimlab.parallel.zero import Zero
 from slimlab.plan.data_parallel import predict_broadcast, shard_sizes
 from slimlab.plan.params import param_shapes
 from slimlab.plan.zero import zero_held_bytes, zero_step_calls
 from slimlab.plan.zero_units import zero_units
 from slimlab.train.objectives import causal_objective
 
+STAGES = (1, 2, 3)
 HELD = ("weights", "gradients", "optimizer", "gathered_peak", "unreduced_peak")
 
 
