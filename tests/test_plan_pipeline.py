@@ -266,6 +266,7 @@ def test_stages_of_layers_add_their_times_and_the_last_one_its_logits():
         (lambda: StageTimes(0, 1, 1), "give every stage a layer"),
         (lambda: StageTimes.of_layers([3, 0, 2], UNIT), "none in [1]"),
         (lambda: StageTimes.of_layers([3, 0, 2], UNIT), "at most 5 virtual stages"),
+        (lambda: StageTimes.of_layers([1, 1], StageTimes(1, [1, 1], 1)), "input_gradient_s"),
         (lambda: StageTimes.of_layers([], UNIT), "number of virtual stages"),
         (lambda: StageTimes.of_layers([1.5], UNIT), "layers[0] = 1.5"),
         (lambda: layers_of_virtual_stages(12, 8, 2), "at most num_chunks = 1"),

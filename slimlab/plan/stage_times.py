@@ -71,7 +71,8 @@ class StageTimes:
         layer       the times of one layer, as plain numbers; its messages are taken over
         last_stage  what the last one does besides: the logits and the loss
 
-        Raises InputError for a virtual stage without layers, with the nearest number that works.
+        Raises InputError for times that are lists, and for a virtual stage without layers, with the
+        nearest number that works.
         """
         empty = [place for place, number in enumerate(layers) if number == 0]
         enough = f"cut {sum(layers)} layers into at most {sum(layers)} virtual stages"
@@ -80,6 +81,8 @@ class StageTimes:
         check_size("the number of virtual stages", len(layers))
         for place, number in enumerate(layers):
             check_size(f"layers[{place}]", number)
+        for one in (layer, last_stage or layer):
+            one._check_plain()
         columns = {}
         for name in COMPUTING:
             each = [number * getattr(layer, name) for number in layers]
@@ -95,10 +98,13 @@ class StageTimes:
         Raises InputError for times that differ between stages: cut these yourself.
         """
         check_size("num_chunks", num_chunks)
+        self._check_plain()
+        return replace(self, **{name: getattr(self, name) / num_chunks for name in COMPUTING})
+
+    def _check_plain(self) -> None:
         listed = [name for name in COMPUTING if isinstance(getattr(self, name), tuple)]
         asked, change = "one number for all stages", "give the times of all virtual stages"
         require(not listed, asked, f"lists for {', '.join(listed)}", change)
-        return replace(self, **{name: getattr(self, name) / num_chunks for name in COMPUTING})
 
     def seconds_of(self, instruction: Instruction, virtual_stage: int) -> float:
         """Return how long an instruction takes.
