@@ -196,28 +196,40 @@ def test_dropout_on_slices_draws_apart_and_as_often():
     assert all(bool((result[1] == 1).all()) for result in drawn)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("choices", [GPT, MULTI_QUERY])
-def test_data_and_tensor_parallelism_on_a_mesh_equal_one_process(choices, mode):
-    def program(comm):
-        mesh = Mesh(comm, MeshShape(data=2, tensor=2), hosts=["here"] * 4)
-        model = tiny_model(seed=comm.rank, **choices)
-        tensor_parallel(model, mesh.group("tensor"), **MODES[mode])
-        replica = DataParallel(model, mesh.group("data"), bucket_bytes=3000)
-        optimizer, losses, grads = optimizer_of(model), [], []
-        for step in range(3):
-            part = [slice(0, 3), slice(3, 5)][mesh.coordinates[0]]
-            part = tuple(one[part] for one in batch_of(step))
-            loss, _ = replica.gradients(part, tensor_parallel_objective, 2)
-            losses.append(float(loss))
-            grads.append(gather_whole(model, copy_of_grads(model)))
-            optimizer.step()
-        return losses, grads, gather_whole(model, dict(model.named_parameters()))
+def train_on_mesh(comm, choices, options):
+    mesh = Mesh(comm, MeshShape(data=2, tensor=2), hosts=["here"] * 4)
+    model = tiny_model(seed=comm.rank, **choices)
+    tensor_parallel(model, mesh.group("tensor"), **options)
+    replica = DataParallel(model, mesh.group("data"), bucket_bytes=3000)
+    optimizer, losses, grads = optimizer_of(model), [], []
+    for step in range(3):
+        part = [slice(0, 3), slice(3, 5)][mesh.coordinates[0]]
+        part = tuple(one[part] for one in batch_of(step))
+        loss, _ = replica.gradients(part, tensor_parallel_objective, 2)
+        losses.append(float(loss))
+        grads.append(gather_whole(model, copy_of_grads(model)))
+        optimizer.step()
+    return losses, grads, gather_whole(model, dict(model.named_parameters()))
 
+
+@pytest.mark.parametrize(
+    ("runtime", "choices", "mode"),
+    [
+        ("threads", GPT, "activations replicated"),
+        ("threads", MULTI_QUERY, "sequence cut"),
+        ("gloo", GPT, "sequence cut"),
+        ("mpich", MULTI_QUERY, "activations replicated"),
+    ],
+)
+def test_data_and_tensor_parallelism_on_a_mesh_equal_one_process(runtime, choices, mode):
+    if reason := comm_runtimes.why_not(runtime):
+        pytest.skip(reason)
     expected = serial(choices)
     for one in expected[1]:
         one.pop(INPUT)
-    for found in run_ranks(program, 4):
+    with comm_runtimes.started_by(runtime) as backend:
+        results = run_ranks(train_on_mesh, 4, backend=backend, args=(choices, MODES[mode]))
+    for found in results:
         check_same_run(found, expected, zero_gradient_names(tiny_model(**choices)))
 
 
