@@ -14,6 +14,7 @@ from slimlab import __version__
 from slimlab.commands.book import doctor, list_chapters, run
 from slimlab.commands.classroom import check, grade, handout
 from slimlab.commands.communication import calibrate, demo
+from slimlab.commands.planning import plan
 from slimlab.commands.training import generate, train
 from slimlab.config import InputError
 
@@ -49,7 +50,7 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="slimlab")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def main(debug: bool):
-    """Read, run, check and grade the book; train its model; run programs on many ranks.
+    """Read, run, check and grade the book; train its model; run and plan programs of many ranks.
 
     \b
     Examples:
@@ -63,6 +64,7 @@ def main(debug: bool):
       slimlab generate runs/mine          let it write
       slimlab demo ring_all_reduce        run a program on several ranks
       slimlab calibrate                   measure what messages cost here
+      slimlab plan --model gpt3-175b      layouts of a model on many GPUs
     \f
 
     debug  show tracebacks
@@ -70,7 +72,7 @@ def main(debug: bool):
 
 
 for command in (
-    doctor, list_chapters, run, check, grade, handout, train, generate, demo, calibrate,
+    doctor, list_chapters, run, check, grade, handout, train, generate, demo, calibrate, plan,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -24,8 +24,8 @@ from slimlab.plan.parallel_config import (
     padded_vocab_size,
     stage_layers,
 )
-from slimlab.plan.params import param_shapes
 from slimlab.plan.software import Software
+from slimlab.plan.tensor_parallel import local_param_shapes
 
 ITEM_BYTES = 2  # of an element in 16 bits
 MASK_BYTES = 1  # of an element in a mask of dropout
@@ -134,24 +134,13 @@ def block_rank_params(config: ModelConfig, tensor: int) -> int:
 @lru_cache(maxsize=256)
 def _whole_params(config: ModelConfig, tensor: int) -> tuple[int, int, int]:
     """Parameters per rank of a block, of the table of positions, of the last norm."""
-    block = positions = last_norm = 0
-    for name, shape in param_shapes(replace(config, num_layers=1)).items():
-        if name.startswith("blocks.0."):
-            block += _rank_size(config, name, shape, tensor)
-        elif name.startswith("embedding.positions"):
-            positions += prod(shape)
-        elif name.startswith("final_norm"):
-            last_norm += prod(shape)
+    one = replace(config, num_layers=1, vocab_size=padded_vocab_size(1, tensor))
+    sizes = {name: prod(shape) for name, shape in local_param_shapes(one, tensor).items()}
+    block, positions, last_norm = (
+        sum(size for name, size in sizes.items() if name.startswith(start))
+        for start in ("blocks.0.", "embedding.positions", "final_norm")
+    )
     return block, positions, last_norm
-
-
-def _rank_size(config: ModelConfig, name: str, shape: tuple[int, ...], tensor: int) -> int:
-    whole = prod(shape)
-    if "norm" in name or name.endswith(("out_proj.bias", "down_proj.bias")):
-        return whole
-    if "k_proj" in name or "v_proj" in name:
-        return whole // config.num_kv_heads * max(1, config.num_kv_heads // tensor)
-    return whole // tensor
 
 
 def _stage_bytes(

@@ -8,8 +8,9 @@ Narayanan et al. 2021 (arXiv:2104.04473), section 3: the axes, their product, an
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from math import isqrt
 
-from slimlab.config import InputError, ModelConfig
+from slimlab.config import InputError, ModelConfig, check_size
 from slimlab.plan.hardware import Cluster
 from slimlab.plan.layout_memory import rank_bytes
 from slimlab.plan.parallel_config import (
@@ -54,11 +55,13 @@ class Refused:
 
     reason   in a few words
     example  the sizes of one of them
+    change   what would let that one pass
     count    how many; a size that can be in no layout counts once
     """
 
     reason: str
     example: str
+    change: str = ""
     count: int = 0
 
 
@@ -81,12 +84,12 @@ class Search:
     refused: dict[str, Refused] = field(default_factory=dict)
     num_layouts: int = 0
 
-    def refuse(self, reason: str, example: str) -> None:
+    def refuse(self, reason: str, example: str, change: str = "") -> None:
         """Count a layout, or a size, that is dropped.
 
-        reason, example  as in Refused
+        reason, example, change  as in Refused
         """
-        self.refused.setdefault(reason, Refused(reason, example)).count += 1
+        self.refused.setdefault(reason, Refused(reason, example, change)).count += 1
 
     def candidates(self) -> Iterator[tuple[ParallelConfig, dict[str, float]]]:
         """Make the legal layouts, and the bytes of a rank of their fullest stages."""
@@ -110,6 +113,10 @@ class Search:
             for pipeline in self._sizes("pipeline", self.num_gpus // tensor):
                 data = self.num_gpus // (tensor * pipeline)
                 if self.choices.data is not None and data not in self.choices.data:
+                    wanted = ", ".join(map(str, self.choices.data))
+                    example = f"tensor {tensor}, pipeline {pipeline}, data {wanted}"
+                    change = f"data={data} for {self.num_gpus} GPUs"
+                    self.refuse("axes that do not multiply to the GPUs", example, change)
                     continue
                 one = ParallelConfig(pipeline=pipeline, tensor=tensor)
                 if self._legal("layers that do not divide", one, 1):
@@ -117,28 +124,34 @@ class Search:
 
     def _sizes(self, name: str, whole: int) -> list[int]:
         """Sizes of an axis: what the choices pin, or all that divide the GPUs that are left."""
-        pinned = getattr(self.choices, name)
-        return [
-            size
-            for size in (pinned if pinned is not None else range(1, whole + 1))
-            if whole % size == 0
-        ]
+        pinned, divisors = getattr(self.choices, name), divisors_of(whole)
+        if pinned is None:
+            return divisors
+        for size in pinned:
+            check_size(name, size)
+            if size not in divisors:
+                near = sorted(sorted(divisors, key=lambda one: abs(one - size))[:3])
+                listed = ", ".join(map(str, near))
+                example = f"{name} = {size}, {whole} GPUs to divide"
+                self.refuse("an axis that does not divide the GPUs", example, f"{name} {listed}")
+        return [size for size in pinned if size in divisors]
 
     def _legal(self, reason: str, parallel: ParallelConfig, batch_size: int) -> bool:
         try:
             check_parallel(self.config, parallel, batch_size)
         except InputError as error:
-            self.refuse(reason, error.given)
+            self.refuse(reason, error.given, error.change)
             return False
         return True
 
     def _micro_batch_sizes(self, data: int) -> Iterator[int]:
         for size in self.choices.micro_batch_size or MICRO_BATCH_SIZES:
-            if self.batch_size % (data * size) == 0:
-                yield size
+            try:
+                num_micro_batches(ParallelConfig(data, micro_batch_size=size), self.batch_size)
+            except InputError as error:
+                self.refuse("a batch that does not divide", error.given, error.change)
             else:
-                example = f"batch_size {self.batch_size}, data {data}, micro_batch_size {size}"
-                self.refuse("a batch that does not divide", example)
+                yield size
 
     def _chunks(self, parallel: ParallelConfig) -> Iterator[int]:
         legal = legal_chunks(self.config.num_layers, parallel.pipeline)
@@ -147,9 +160,15 @@ class Search:
         for chunks in legal if pinned is None else [one for one in pinned if one in legal]:
             if chunks > 1 and count % parallel.pipeline:
                 reason = "chunks, but micro-batches in no multiple of the stages"
-                self.refuse(reason, f"{count} micro-batches, {parallel.pipeline} stages")
+                example = f"{count} micro-batches, {parallel.pipeline} stages"
+                self.refuse(reason, example, "num_chunks=1")
                 continue
             yield chunks
+        for chunks in pinned or ():
+            if chunks not in legal:
+                example = f"{chunks} chunks, {parallel.pipeline} stages"
+                change = f"num_chunks from {', '.join(map(str, legal))}"
+                self.refuse("chunks that layers do not divide into", example, change)
 
     def _variants(self, sizes: tuple) -> Iterator[tuple[ParallelConfig, dict[str, float]]]:
         data, _, tensor = sizes[:3]
@@ -168,3 +187,12 @@ class Search:
         """Fused attention keeps no scores, so that selective recomputation changes nothing."""
         pinned = len(self.choices.recompute) == 1
         return recompute != "selective" or self.software.attention == "explicit" or pinned
+
+
+def divisors_of(number: int) -> list[int]:
+    """List the whole numbers that divide a number, the smallest first.
+
+    number  at least 1
+    """
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

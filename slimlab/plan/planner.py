@@ -11,7 +11,7 @@ Production searches over uneven stages, offloading and several kinds of host as 
 
 from dataclasses import dataclass
 
-from slimlab.config import InputError, ModelConfig, check_size, require
+from slimlab.config import InputError, ModelConfig, check_size
 from slimlab.plan.hardware import Cluster, Constants
 from slimlab.plan.layout_memory import rank_bytes
 from slimlab.plan.layout_search import Choices, Refused, Search
@@ -100,12 +100,8 @@ def plan_layouts(
         given = {"software": software, "constants": constants}
         time = step_time(config, cluster, one.parallel, batch_size, **given)
         found.append(Candidate(one.parallel, one.items, time))
-    require(
-        smallest is not None,
-        f"a layout on {num_gpus} GPUs with a batch of {batch_size} sequences",
-        "; ".join(f"{one.reason} ({one.example})" for one in search.refused.values()) or "none",
-        "change num_gpus or batch_size to a number with more divisors, or pin fewer choices",
-    )
+    if smallest is None:
+        _refuse_sizes(search)
     if not found:
         _refuse_all(search, smallest, limit)
     found.sort(key=lambda one: one.time.total_s)
@@ -134,6 +130,17 @@ def look_at(
     return Candidate(parallel, rank_bytes(config, parallel, batch_size, software), time)
 
 
+def _refuse_sizes(search: Search) -> None:
+    """Say that no layout is legal, and what each reason would let pass."""
+    reasons = search.refused.values()
+    changes = [one.change for one in reasons if one.change]
+    raise InputError(
+        f"a layout of {search.num_gpus} GPUs and a batch of {search.batch_size} sequences",
+        "; ".join(f"{one.reason} ({one.example})" for one in reasons),
+        "; or ".join(changes) or "pin fewer sizes",
+    )
+
+
 def _refuse_all(search: Search, smallest: Candidate, limit: float) -> None:
     """Say that no layout fits, what the smallest needs, and how many GPUs would do."""
     change = "take hardware with more memory, or a smaller model"
@@ -148,7 +155,7 @@ def _refuse_all(search: Search, smallest: Candidate, limit: float) -> None:
             break
     name = search.cluster.gpu.name
     raise InputError(
-        f"a layout that fits {limit / 1e9:.1f} GB, what tensors may fill on a {name}",
+        f"a layout that fits {limit / 1e9:.1f} GB, what tensors may fill of one {name}",
         f"{search.num_gpus} GPUs; the smallest layout needs {smallest.memory_bytes / 1e9:.1f} GB: "
         f"{smallest.parallel}",
         change,
