@@ -100,14 +100,16 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
     assert found["agrees"]
 
 
-# Each start of processes takes seconds, and all demos start in the same way.
+# Each start of processes takes seconds, and all demos start in the same way: not all pairs.
 @pytest.mark.parametrize(
     ("launcher", "name"),
     [
-        *((launcher, name) for launcher in LAUNCHERS for name in ("hello", "ring_all_reduce")),
+        ("mpirun", "hello"),
+        ("mpirun", "ring_all_reduce"),
+        ("mpirun", "tensor_parallel"),
+        ("torchrun", "hello"),
         ("torchrun", "data_parallel"),
         ("torchrun", "zero"),
-        ("mpirun", "tensor_parallel"),
     ],
 )
 def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
