@@ -130,14 +130,13 @@ class Zero(DataParallel):
         """
         self._has_gradients = False
         try:
-            if self.stage == 3 and loss_sum is None:
+            if loss_sum is None:
                 self.buckets.forward_without_data()
             result = super().backward(loss_sum, num_tokens, scale=scale)
             if not self._sync and self.stage > 1:
                 self.buckets.send_rest()
         except BaseException:
-            if self.stage == 3:
-                self.buckets.give_up()
+            self.buckets.give_up()
             raise
         return result
 
@@ -167,7 +166,12 @@ class Zero(DataParallel):
             with self.no_sync():
                 for _ in range(missing):
                     self.backward(None, 0)
-        return super().gradients(batch, objective, micro_batch_size, context=context, scale=scale)
+        choices = {"context": context, "scale": scale}
+        try:
+            return super().gradients(batch, objective, micro_batch_size, **choices)
+        except BaseException:
+            self.buckets.give_up()  # the forward pass too may have been left
+            raise
 
     def clip(self, max_norm: float) -> Tensor:
         """Shorten all gradients by one factor if their common length is above max_norm.
@@ -214,12 +218,7 @@ class Zero(DataParallel):
         return {n: found[n] if n in found else p.detach().clone() for n, p in named}
 
     def save(
-        self,
-        folder: str | os.PathLike,
-        step: int,
-        *,
-        extra: dict | None = None,
-        keep: int = 2,
+        self, folder: str | os.PathLike, step: int, *, extra: dict | None = None, keep: int = 2
     ) -> Path:
         """Write a checkpoint, every rank its shard, whole or not at all.
 

@@ -103,6 +103,18 @@ class ShardedGradients:
             flat.shard_grad.mul_(factor)
         self.unused = [name for name, one in zip(self.names, used) if not one]
 
+    def forward_without_data(self) -> None:
+        """Make the calls of a forward pass, of which there are none in stages 1 and 2.
+
+        Communicates: nothing.
+        """
+
+    def give_up(self) -> None:
+        """Free what a pass that was not finished has left."""
+        self._sending = False
+        for flat in self.flats:
+            flat.drop_gradients()
+
     def renew_weights(self) -> None:
         """Bring what the ranks have changed in their shards into every rank's rows.
 

@@ -193,6 +193,10 @@ class FlatParameter:
             part = self._comm.reduce_scatter(self.whole_grad)
             self.shard_grad.add_(part) if self._stage > 1 else self.shard_grad.copy_(part)
         self.reduced = True
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Take the gradients from the parameters, and in stages 2 and 3 free their row."""
         if self._stage > 1:
             resize(self.whole_grad, 0)
         for param in self.params:

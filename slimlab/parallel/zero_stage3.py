@@ -76,7 +76,7 @@ class ShardedUnits(ShardedGradients):
         Communicates: one all_gather per flat parameter.
         """
         super().close()
-        self.free_all()
+        self._end()
         self._gather(set(range(len(self._units))))
 
     def begin_pass(self, send: bool) -> None:
@@ -103,7 +103,7 @@ class ShardedUnits(ShardedGradients):
         """
         self._backward_to(self._first)
         super().send_rest()
-        self.give_up()
+        self._end()
 
     def forward_without_data(self) -> None:
         """Make the calls of a forward pass and compute nothing.
@@ -118,16 +118,12 @@ class ShardedUnits(ShardedGradients):
 
         Communicates: nothing.
         """
-        self.give_up()
+        self._end()
 
     def give_up(self) -> None:
-        """Be ready for a new forward pass, whatever became of the last one."""
-        self._at, self._in_backward = -1, False
-        self.free_all()
-
-    def free_all(self) -> None:
-        """Free the whole weights of all units."""
-        self._keep(set())
+        """Free what a pass that was not finished has left, and be ready for a new one."""
+        super().give_up()
+        self._end()
 
     def _before_forward(self, number: int, module: nn.Module, given: tuple) -> None:
         if self._in_backward:  # a block is computed again (slimlab.model.recompute)
@@ -142,7 +138,7 @@ class ShardedUnits(ShardedGradients):
 
     def _after_model(self, module: nn.Module, given: tuple, output) -> None:
         if not torch.is_grad_enabled():
-            self.give_up()
+            self._end()
 
     def _before_backward(self, number: int) -> None:
         if not self._in_backward:
@@ -157,15 +153,15 @@ class ShardedUnits(ShardedGradients):
         if number == self._at:
             return
         if number == 0:
-            self.give_up()
+            self._end()
         require(
             number == self._at + 1,
             f"a forward pass through the units in their order; after "
             f"{self._units[self._at].name if self._at >= 0 else 'the start'} comes "
             f"{self._units[self._at + 1].name if self._at < self._last else 'the end'}",
             self._units[number].name,
-            "make the parts of the model in the order in which they are used; stages 1 and 2 take "
-            "any order",
+            "make the parts of the model in the order in which they are used, each once; stages 1 "
+            "and 2 take any order",
         )
         self._at = number
         self._keep(set().union(*self._forward_needs[number:]))
@@ -183,6 +179,10 @@ class ShardedUnits(ShardedGradients):
             self._gather(later[-1])
             if self._prefetch and self._at > self._first:
                 self._start(later[-2])
+
+    def _end(self) -> None:
+        self._at, self._in_backward = -1, False
+        self._keep(set())
 
     def _keep(self, numbers: set[int]) -> None:
         for number in self._there - numbers:
