@@ -25,7 +25,7 @@ from slimlab.plan.pipeline_schedule import (
     peak_activations,
     read_schedule,
 )
-from slimlab.plan.pipeline_simulator import DeadlockError, simulate
+from slimlab.plan.pipeline_simulator import ScheduleDeadlockError, simulate
 from slimlab.plan.stage_times import StageTimes
 from slimlab.plan.step_timeline import Slot, StepTimeline
 
@@ -173,7 +173,7 @@ def test_crossed_micro_batches_deadlock_and_each_stage_says_whom_it_waits_for():
     first, second = find_deadlock(crossed)
     assert (first.stage, first.for_stage, str(first.for_instruction)) == (0, 1, "B0")
     assert str(second) == "stage 1 at F1 waits for F1 of stage 0"
-    with pytest.raises(DeadlockError) as caught:
+    with pytest.raises(ScheduleDeadlockError) as caught:
         check_schedule(crossed)
     assert caught.value.circle == (0, 1)
     assert "stage 0 at B0 waits for B0 of stage 1" in caught.value.given
@@ -186,7 +186,7 @@ def test_a_deadlock_leaves_out_stages_that_have_ended_and_follows_those_that_wai
     schedule = read_schedule(
         ["F0 F1 B0 B1", "F0 B0 F1 B1", "F1 F0 B1 B0", "F0 F1 B0 B1"], name="bad"
     )
-    with pytest.raises(DeadlockError) as caught:
+    with pytest.raises(ScheduleDeadlockError) as caught:
         simulate(schedule, UNIT)
     assert caught.value.circle == (1, 2)
     assert [one.stage for one in caught.value.waiting] == [0, 1, 2, 3]
@@ -196,14 +196,14 @@ def test_what_no_list_has_is_waited_for_in_vain():
     (waiting,) = find_deadlock(read_schedule(["F0", "F0 F1"]))
     assert waiting.for_instruction is None
     assert "stage 1 at F1 waits for stage 0, whose list does not have" in str(waiting)
-    with pytest.raises(DeadlockError, match="add what is missing"):
+    with pytest.raises(ScheduleDeadlockError, match="add what is missing"):
         simulate(read_schedule(["F0", "F0 F1"]), UNIT)
 
 
 def test_a_stage_that_waits_for_itself_is_told_to_move_it():
     (waiting,) = find_deadlock(read_schedule(["W0 F0 I0"]))
     assert str(waiting) == "stage 0 at W0 waits for its own I0, which stands later"
-    with pytest.raises(DeadlockError, match="move what stage 0 waits for"):
+    with pytest.raises(ScheduleDeadlockError, match="move what stage 0 waits for"):
         simulate(read_schedule(["W0 F0 I0"]), UNIT)
 
 

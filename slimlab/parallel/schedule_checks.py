@@ -20,7 +20,7 @@ from slimlab.plan.pipeline_schedule import (
     Product,
     Schedule,
 )
-from slimlab.plan.pipeline_simulator import DeadlockError, Waiting, simulate
+from slimlab.plan.pipeline_simulator import ScheduleDeadlockError, Waiting, simulate
 from slimlab.plan.stage_times import StageTimes
 from slimlab.plan.step_timeline import Slot, StepTimeline
 
@@ -33,7 +33,7 @@ def check_schedule(schedule: Schedule, messages: str = "overlap") -> None:
     schedule  to look at
     messages  how they behave: "overlap", "block" or "rendezvous", as in StageTimes
 
-    Raises InputError that names stages and instructions; DeadlockError, an InputError, if every
+    Raises InputError that names stages and instructions; ScheduleDeadlockError, an InputError, if every
     stage that has not ended waits for another one.
     """
     found = order_problems(schedule)
@@ -91,7 +91,7 @@ def find_deadlock(schedule: Schedule, messages: str = "overlap") -> tuple[Waitin
     """
     try:
         simulate(schedule, StageTimes(1, 1, 1, messages=messages))
-    except DeadlockError as error:
+    except ScheduleDeadlockError as error:
         return error.waiting
     return ()
 

@@ -24,7 +24,7 @@ def naive(num_stages: int, num_micro_batches: int) -> Schedule:
 
     Raises InputError for sizes that are no whole numbers of at least 1.
     """
-    check_sizes(num_stages, num_micro_batches)
+    check_schedule_sizes(num_stages, num_micro_batches)
     order = alternate(*_batches(num_micro_batches), warmup=0)
     return Schedule("naive", num_micro_batches, (order,) * num_stages)
 
@@ -39,7 +39,7 @@ def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
     Raises InputError for sizes that are no whole numbers of at least 1.
     Huang et al. 2019 (arXiv:1811.06965), section 2.3.
     """
-    check_sizes(num_stages, num_micro_batches)
+    check_schedule_sizes(num_stages, num_micro_batches)
     forwards, backwards = _batches(num_micro_batches)
     return Schedule("gpipe", num_micro_batches, ((*forwards, *backwards),) * num_stages)
 
@@ -57,7 +57,7 @@ def one_forward_one_backward(num_stages: int, num_micro_batches: int) -> Schedul
     Raises InputError for sizes that are no whole numbers of at least 1.
     Narayanan et al. 2021 (arXiv:2006.09503), section 3.2: PipeDream-Flush.
     """
-    check_sizes(num_stages, num_micro_batches)
+    check_schedule_sizes(num_stages, num_micro_batches)
     forwards, backwards = _batches(num_micro_batches)
     orders = [
         alternate(forwards, backwards, warmup=num_stages - 1 - stage) for stage in range(num_stages)
@@ -80,7 +80,7 @@ def interleaved(num_stages: int, num_micro_batches: int, num_chunks: int = 2) ->
     Raises InputError for sizes that are no whole numbers of at least 1.
     Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
     """
-    check_sizes(num_stages, num_micro_batches, num_chunks)
+    check_schedule_sizes(num_stages, num_micro_batches, num_chunks)
     rounds = rounds_of(num_stages, num_micro_batches)
     chunks = range(num_chunks)
     forwards = in_rounds(FORWARD, rounds, chunks)
@@ -138,7 +138,7 @@ def in_rounds(kind: str, rounds: Sequence[int], chunks: Sequence[int]) -> list[I
     ]
 
 
-def check_sizes(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> None:
+def check_schedule_sizes(num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> None:
     """Refuse sizes that are no whole numbers of at least 1.
 
     num_stages, num_micro_batches, num_chunks  of a schedule

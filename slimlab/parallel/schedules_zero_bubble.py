@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from slimlab.config import check_choice, require
 from slimlab.parallel.schedules import (
     alternate,
-    check_sizes,
+    check_schedule_sizes,
     gpipe,
     interleaved,
     naive,
@@ -43,7 +43,7 @@ def zb_h1(num_stages: int, num_micro_batches: int) -> Schedule:
     Raises InputError for sizes that are no whole numbers of at least 1.
     Qi et al. 2024 (arXiv:2401.10241), section 2.2.
     """
-    check_sizes(num_stages, num_micro_batches)
+    check_schedule_sizes(num_stages, num_micro_batches)
     numbers = range(num_micro_batches)
     forwards = [Instruction(FORWARD, number) for number in numbers]
     gradients = [Instruction(INPUT_GRADIENT, number) for number in numbers]
@@ -81,7 +81,7 @@ def zb_v(num_stages: int, num_micro_batches: int) -> Schedule:
     Raises InputError for sizes that are no whole numbers of at least 1.
     Qi et al. 2024 (arXiv:2401.10241), section 6.
     """
-    check_sizes(num_stages, num_micro_batches)
+    check_schedule_sizes(num_stages, num_micro_batches)
     # With fewer micro-batches than fill the pipeline, the others are left out of a longer order.
     enough = max(2 * num_stages - 1, num_micro_batches)
     orders = []

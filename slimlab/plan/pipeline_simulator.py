@@ -47,7 +47,7 @@ class Waiting:
         return f"{start} for {self.for_instruction} of stage {self.for_stage}"
 
 
-class DeadlockError(InputError):
+class ScheduleDeadlockError(InputError):
     """Say which stages wait for each other; a schedule that can never end.
 
     waiting  every stage that cannot go on
@@ -73,7 +73,7 @@ def simulate(schedule: Schedule, times: StageTimes) -> StepTimeline:
     times     of each virtual stage, and how messages behave
     returns   the timeline; whole numbers as times give whole numbers, without rounding
 
-    Raises DeadlockError, an InputError, if some stage can never go on: it names stages,
+    Raises ScheduleDeadlockError, an InputError, if some stage can never go on: it names stages,
     instructions and whom they wait for. Raises InputError for times that do not fit the schedule.
     """
     times.check_for(schedule.num_virtual_stages)
@@ -81,7 +81,7 @@ def simulate(schedule: Schedule, times: StageTimes) -> StepTimeline:
     run.go_on()
     waiting = run.waiting()
     if waiting:
-        raise DeadlockError(waiting, _circle(waiting))
+        raise ScheduleDeadlockError(waiting, _circle(waiting))
     slots = tuple(map(tuple, run.slots))
     return StepTimeline(schedule.name, slots, schedule.num_chunks, tuple(run.messages))
 

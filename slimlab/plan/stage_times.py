@@ -74,13 +74,14 @@ class StageTimes:
         Raises InputError for times that are lists, and for a virtual stage without layers, with the
         nearest number that works.
         """
-        empty = [place for place, number in enumerate(layers) if number == 0]
-        enough = f"cut {sum(layers)} layers into at most {sum(layers)} virtual stages"
-        given = f"{len(layers)} virtual stages with {list(layers)} layers: none in {empty}"
-        require(not empty, "at least one layer in every virtual stage", given, enough)
         check_size("the number of virtual stages", len(layers))
         for place, number in enumerate(layers):
-            check_size(f"layers[{place}]", number)
+            check_number(f"layers[{place}]", number, int, 0, inf)
+        empty, total = [place for place, number in enumerate(layers) if number == 0], sum(layers)
+        given = f"{len(layers)} virtual stages with {list(layers)} layers: none in {empty}"
+        enough = f"cut {total} layers into at most {total} virtual stages"
+        change = enough if total else "give the model layers"
+        require(not empty, "at least one layer in every virtual stage", given, change)
         for one in (layer, last_stage or layer):
             one._check_plain()
         columns = {}
