@@ -33,8 +33,8 @@ def check_schedule(schedule: Schedule, messages: str = "overlap") -> None:
     schedule  to look at
     messages  how they behave: "overlap", "block" or "rendezvous", as in StageTimes
 
-    Raises InputError that names stages and instructions; ScheduleDeadlockError, an InputError, if every
-    stage that has not ended waits for another one.
+    Raises InputError that names stages and instructions; ScheduleDeadlockError, an InputError, if
+    every stage that has not ended waits for another one.
     """
     found = order_problems(schedule)
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
