@@ -5,6 +5,7 @@ import pytest
 import torch
 from parallel_cases import (
     BOUND,
+    LR,
     check_same_run,
     copy_of_grads,
     copy_of_weights,
@@ -33,8 +34,10 @@ from slimlab.parallel.tensor import tensor_parallel, whole_logits
 from slimlab.parallel.tensor_loss import tensor_parallel_objective, vocabulary_parallel_loss
 from slimlab.parallel.tensor_state import (
     clip_whole_gradients,
+    gather_optimizer,
     gather_state,
     gather_whole,
+    load_optimizer,
     load_state,
 )
 from slimlab.plan.tensor_parallel import predict_clip
@@ -248,6 +251,43 @@ def test_whole_weights_are_made_and_cut_again(world_size, choices):
         assert all(torch.equal(state[name], one) for name, one in other.state_dict().items())
         torch.testing.assert_close(logits, other(batch_of(0)[0]), rtol=0, atol=1e-13)
         other.load_state_dict(state)
+
+
+def go_on(comm, choices, start, steps):
+    """Train some steps from whole weights and optimizer state; returns them afterwards."""
+    model = tensor_parallel(tiny_model(**choices), comm)
+    optimizer = optimizer_of(model)
+    if start is not None:
+        load_state(model, start[0])
+        load_optimizer(model, optimizer, start[1])
+    for step in steps:
+        accumulate_gradients(model, batch_of(step), tensor_parallel_objective)
+        optimizer.step()
+    return gather_state(model), gather_optimizer(model, optimizer)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 1), (1, 2)])
+def test_a_run_that_goes_on_with_other_ranks_ends_with_the_weights_of_one_process(first, second):
+    _, _, weights = serial(LLAMA)
+    start = run_ranks(go_on, first, args=(LLAMA, None, range(2)))[0]
+    for state, held in run_ranks(go_on, second, args=(LLAMA, start, range(2, 3))):
+        assert all(float(one["step"]) == 3 for one in held.values())
+        for name, true in weights.items():
+            scale = max(float(true.abs().max()), 3 * LR)
+            assert float((state[name] - true).abs().max()) < BOUND * scale
+
+
+def test_dropout_goes_on_where_it_was():
+    def program(comm, goes_on):
+        model = tensor_parallel(tiny_model(**GPT, dropout=0.5), comm, sequence_parallel=True)
+        tensor_parallel_objective(model, batch_of(0))
+        if goes_on:
+            state = model.tensor_parallel.generator.get_state()
+            model = tensor_parallel(tiny_model(**GPT, dropout=0.5), comm, sequence_parallel=True)
+            model.tensor_parallel.generator.set_state(state)
+        return tensor_parallel_objective(model, batch_of(0))[0].item()
+
+    assert run_ranks(program, 2, args=(True,)) == run_ranks(program, 2, args=(False,))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parallel_cases import copy_of_grads, copy_of_weights, tiny_model
+from parallel_cases import copy_of_grads, copy_of_weights, optimizer_of, tiny_model
 from tensor_cases import GPT, LLAMA, batch_of
 
 from slimlab.comm.launch import run_ranks
@@ -11,7 +11,7 @@ from slimlab.config import InputError
 from slimlab.parallel.layout import Layout
 from slimlab.parallel.tensor import tensor_parallel
 from slimlab.parallel.tensor_loss import tensor_parallel_objective, vocabulary_parallel_loss
-from slimlab.parallel.tensor_state import clip_whole_gradients, load_state
+from slimlab.parallel.tensor_state import clip_whole_gradients, load_optimizer, load_state
 from slimlab.train.accumulate import accumulate_gradients
 
 HEADS = (("heads", "tensor"), ("kv_heads", "tensor"))
@@ -154,6 +154,9 @@ def test_weights_of_another_model_are_refused_before_one_is_changed():
                 load_state(model, tiny_model(**choices).state_dict())
         with pytest.raises(InputError, match="whole, not one part"):
             load_state(model, model.state_dict())
+        optimizer = optimizer_of(model)
+        with pytest.raises(InputError, match="the state of 36 parameters"):
+            load_optimizer(model, optimizer, {"lm_head.weight": {}})
         assert all(torch.equal(before[n], one) for n, one in copy_of_weights(model).items())
 
     run_ranks(program, 2)

@@ -3,6 +3,7 @@
 Chapter 09 uses it. A checkpoint of whole weights can be loaded into any number of ranks, so that is
 what is saved. The length of all gradients counts every parameter of the whole model once: parts are
 added up over the ranks, replicated parameters counted on one of them, copies of key heads shared.
+A run with dropout also needs model.tensor_parallel.generator.get_state() of every rank to go on.
 
 Production saves the parts, each rank its own, and cuts anew on loading (torch.distributed's
 checkpoint, Megatron-LM's distributed checkpoint). Shoeybi et al. 2019 (arXiv:1909.08053).
@@ -77,29 +78,89 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         f"without {sorted(missing)[:3]}, with {sorted(strange)[:3]} besides",
         "give model.state_dict() of a model made from the same configuration",
     )
-    done, names = model.tensor_parallel, {id(p): name for name, p in model.named_parameters()}
+    params = dict(model.named_parameters())
+    names = {id(param): name for name, param in params.items()}
     parts = {}
     for name, tensor in own.items():
-        dim = done.cut_dims.get(names.get(id(tensor)))
-        copies = done.num_copies if names.get(id(tensor)) in done.copied else 1
-        parts[name] = _part_of(name, state[name], tensor, dim, copies, done.group)
+        if id(tensor) in names:  # a tied table has two names here
+            parts[name] = _part_of(model, names[id(tensor)], state[name])
+        else:
+            parts[name] = state[name]
     for name, tensor in own.items():
         tensor.copy_(parts[name])
 
 
-def _part_of(name, whole, tensor, dim, copies, group):
-    shape = list(tensor.shape)
+def gather_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """Return what an optimizer of a model that is cut would hold of the whole one.
+
+    model      that tensor_parallel has cut
+    optimizer  of its parameters, such as one of make_optimizer
+    returns    name of a parameter -> name of the state -> the whole tensor, the same on every rank;
+               what does not have the parameter's shape, such as the number of steps, as it is
+
+    Communicates: one all_gather for each tensor of state of a parameter that is cut.
+    """
+    found = {}
+    for name, param in model.named_parameters():
+        state = optimizer.state.get(param, {})
+        shaped = {key: one for key, one in state.items() if one.shape == param.shape}
+        whole = {key: gather_whole(model, {name: one})[name] for key, one in shaped.items()}
+        found[name] = {key: whole.get(key, one.clone()) for key, one in state.items()}
+    return found
+
+
+@torch.no_grad()
+def load_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Give an optimizer of a model that is cut its part of what another held of the whole.
+
+    model      that tensor_parallel has cut
+    optimizer  of its parameters; changed in place
+    state      what gather_optimizer has returned, with any number of ranks
+
+    Communicates: nothing.
+    Raises InputError, before anything is changed, if names or shapes are those of another model.
+    """
+    params = dict(model.named_parameters())
+    require(
+        params.keys() == state.keys(),
+        f"the state of {len(params)} parameters",
+        f"without {sorted(params.keys() - state.keys())[:3]}, with "
+        f"{sorted(state.keys() - params.keys())[:3]} besides",
+        "give the state of a model made from the same configuration",
+    )
+    parts = {
+        param: {
+            key: (_part_of(model, name, one) if one.dim() else one).clone()
+            for key, one in state[name].items()
+        }
+        for name, param in params.items()
+    }
+    for param, held in parts.items():
+        optimizer.state[param] = held
+
+
+def _part_of(model: nn.Module, name: str, whole: Tensor) -> Tensor:
+    """Return a view of this rank's part of a whole tensor of a parameter's shape."""
+    done, own = model.tensor_parallel, model.get_parameter(name)
+    dim, shape = done.cut_dims[name], list(own.shape)
+    copies = done.num_copies if name in done.copied else 1
     if dim is not None:
-        shape[dim] *= group.world_size // copies
+        shape[dim] *= done.group.world_size // copies
     if list(whole.shape) != shape:
         raise InputError(
             f"{name} of the whole model, {tuple(shape)}",
             f"{tuple(whole.shape)}",
-            "give the weights of a model made from the same configuration, whole, not one part",
+            "give the state of a model made from the same configuration, whole, not one part",
         )
     if dim is None:
         return whole
-    return whole.narrow(dim, group.rank // copies * tensor.shape[dim], tensor.shape[dim])
+    return whole.narrow(dim, done.group.rank // copies * own.shape[dim], own.shape[dim])
 
 
 @torch.no_grad()
