@@ -18,11 +18,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from slimlab.comm.base import Communicator
 from slimlab.config import check_number, check_size, require
 from slimlab.model.tensor_files import check_state, fill, state_of, sync, write_tensors
 from slimlab.parallel.together import tell, with_all
@@ -39,11 +40,21 @@ from slimlab.parallel.zero_source import (
 from slimlab.train.checkpoint_folder import list_files, prune, remove, remove_leftovers, write_json
 from slimlab.train.training_state import IMPLEMENTATION, restore_optimizer
 
-if TYPE_CHECKING:
-    from slimlab.parallel.zero import Zero
+
+class Sharded(Protocol):
+    """What is saved and loaded: slimlab.parallel.zero.Zero, of which these attributes are used."""
+
+    model: nn.Module
+    comm: Communicator
+    stage: int
+    rows: list[FlatParameter]
+    optimizer: torch.optim.Optimizer
+    num_steps: int
 
 
-def save_shards(zero: "Zero", folder: str | os.PathLike, step: int, extra: dict, keep: int) -> Path:
+def save_shards(
+    zero: Sharded, folder: str | os.PathLike, step: int, extra: dict, keep: int
+) -> Path:
     """Write a sharded checkpoint; all ranks call it.
 
     zero    what is saved
@@ -96,7 +107,7 @@ def _finish(rank: int, temporary: Path, target: Path, state: dict, keep: int) ->
     prune(target.parent, state["step"], keep)
 
 
-def _my_tensors(zero: "Zero") -> dict[str, Tensor]:
+def _my_tensors(zero: Sharded) -> dict[str, Tensor]:
     tensors, kinds = {}, _kinds(zero) if zero.num_steps else []
     for number, flat in enumerate(zero.rows):
         tensors[f"{WEIGHTS}/{number}"] = flat.shard
@@ -110,12 +121,12 @@ def _my_tensors(zero: "Zero") -> dict[str, Tensor]:
     return tensors
 
 
-def _not_cut(zero: "Zero") -> dict[str, Tensor]:
+def _not_cut(zero: Sharded) -> dict[str, Tensor]:
     names = {name for flat in zero.rows for name in flat.names}
     return {n: tensor for n, tensor in state_of(zero.model).items() if n not in names}
 
 
-def _state_of(zero: "Zero", step: int, extra: dict) -> dict:
+def _state_of(zero: Sharded, step: int, extra: dict) -> dict:
     places = {
         name: {"row": number, "offset": end - size}
         for number, flat in enumerate(zero.rows)
@@ -146,7 +157,7 @@ def _state_of(zero: "Zero", step: int, extra: dict) -> dict:
     }
 
 
-def _kinds(zero: "Zero") -> list[str]:
+def _kinds(zero: Sharded) -> list[str]:
     """Name what the optimizer keeps for each element."""
     settings = zero.optimizer.param_groups[0]
     if "betas" in settings:
@@ -154,7 +165,7 @@ def _kinds(zero: "Zero") -> list[str]:
     return ["momentum_buffer"] if settings["momentum"] else []
 
 
-def _group_names(zero: "Zero") -> list[list[str]]:
+def _group_names(zero: Sharded) -> list[list[str]]:
     """Name the parameters that decay, and the others, as parameter_groups would."""
     decaying = {
         name
@@ -174,7 +185,7 @@ def _settings(group: dict) -> dict:
     }
 
 
-def load_shards(zero: "Zero", path: str | os.PathLike, say: Callable[[str], None]) -> Source:
+def load_shards(zero: Sharded, path: str | os.PathLike, say: Callable[[str], None]) -> Source:
     """Read a checkpoint into shards; all ranks call it.
 
     zero     changed in place, but not if the checkpoint is refused
@@ -195,7 +206,7 @@ def _find(rank: int, path: Path, say: Callable[[str], None]) -> str:
     return "" if rank else str(find_source(path, say).relative_to(path))
 
 
-def _open_for(zero: "Zero", path: Path) -> Source:
+def _open_for(zero: Sharded, path: Path) -> Source:
     source = Source(path)
     check_state(zero.model, source.shapes, str(path))
     if source.groups is not None:
@@ -217,13 +228,13 @@ def _open_for(zero: "Zero", path: Path) -> Source:
 
 
 @torch.no_grad()
-def _read_into(zero: "Zero", source: Source) -> None:
+def _read_into(zero: Sharded, source: Source) -> None:
     has_optimizer = source.groups is not None
     for flat in zero.rows:
-        _read_row(source, WEIGHTS, flat, flat.shard)
+        source.read_shard(WEIGHTS, flat, flat.shard)
         rows = {kind: torch.zeros_like(flat.shard) for kind in source.kinds if flat.trained}
         for kind, row in rows.items():
-            _read_row(source, kind, flat, row)
+            source.read_shard(kind, flat, row)
         for piece, start, end in flat.pieces if has_optimizer else ():
             state = {kind: row[start:end].clone() for kind, row in rows.items()}
             if "exp_avg" in rows:
@@ -236,16 +247,6 @@ def _read_into(zero: "Zero", source: Source) -> None:
         settings = iter([one["settings"] for one in source.groups])
         for names, group in zip(_group_names(zero), zero.optimizer.param_groups):
             _restore_settings(group, next(settings) if names else {})
-
-
-def _read_row(source: Source, kind: str, flat: FlatParameter, shard: Tensor) -> None:
-    """Read the parts of the parameters that lie in this rank's shard of their row."""
-    first, last = flat.start, flat.start + flat.shard_size
-    for name, end, size in zip(flat.names, flat.ends, flat.sizes):
-        start, stop = max(first, end - size), min(last, end)
-        if start < stop:
-            part = source.read(kind, name, start - (end - size), stop - (end - size))
-            shard[start - first : stop - first].copy_(part)
 
 
 def _restore_settings(group: dict, stored: dict) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimlab.config import InputError, require
+from slimlab.parallel.zero_shards import FlatParameter
 from slimlab.train.checkpoint_folder import (
     checkpoints_in,
     find_checkpoint,
@@ -92,6 +93,21 @@ class Source:
             part = self._file(_shard(self.state, rank)).get_slice(f"{kind}/{place['row']}")
             parts.append(part[max(begin - rank * size, 0) : min(end - rank * size, size)])
         return torch.cat(parts)
+
+    def read_shard(self, kind: str, flat: FlatParameter, shard: Tensor) -> None:
+        """Read what lies in this rank's shard of a row.
+
+        kind   as in read
+        flat   the row
+        shard  (shard_size,) filled in place, but for the zeros behind the last parameter
+        """
+        first, last = flat.start, flat.start + flat.shard_size
+        for name, end, size in zip(flat.names, flat.ends, flat.sizes):
+            begin = end - size
+            start, stop = max(first, begin), min(last, end)
+            if start < stop:
+                part = self.read(kind, name, start - begin, stop - begin)
+                shard[start - first : stop - first].copy_(part)
 
     def whole(self, kind: str, name: str) -> Tensor:
         """Read all of a parameter, or of what an optimizer keeps for it, in its shape.
