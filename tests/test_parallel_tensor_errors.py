@@ -8,6 +8,7 @@ from tensor_cases import GPT, LLAMA, batch_of
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.report import CommunicationError
 from slimlab.config import InputError
+from slimlab.model.generation import generate
 from slimlab.parallel.layout import Layout
 from slimlab.parallel.tensor import tensor_parallel
 from slimlab.parallel.tensor_loss import tensor_parallel_objective, vocabulary_parallel_loss
@@ -198,3 +199,12 @@ def test_a_rank_with_another_batch_is_noticed_on_every_rank():
 
     results = run_ranks(program, 3)
     assert results[0] == results[1] == results[2]
+
+
+def test_a_model_that_is_cut_does_not_write_from_its_part_of_the_vocabulary():
+    def program(comm):
+        model = tensor_parallel(tiny_model(**{**GPT, "vocab_size": 12}), comm)
+        with pytest.raises(InputError, match="all 12 tokens of the vocabulary\ngiven: 6 of them"):
+            generate(model, torch.tensor([[1, 2]]), 2, use_cache=False)
+
+    run_ranks(program, 2)

@@ -129,7 +129,15 @@ def _next_logits(model: nn.Module, new: Tensor, cache: KVCache | None, given: di
     if given:
         return model.decode(new, cache=cache, **given)[:, -1]
     hidden = model.hidden(new, cache=cache)
-    return model.logits(hidden[:, -1:])[:, 0]  # one row of V scores, not T of them
+    logits = model.logits(hidden[:, -1:])[:, 0]  # one row of V scores, not T of them
+    require(
+        logits.shape[-1] == model.config.vocab_size,
+        f"scores of all {model.config.vocab_size} tokens of the vocabulary",
+        f"{logits.shape[-1]} of them: this model holds a part of its output table",
+        "write with a whole model: join the parts of a model that was cut (gather_state of "
+        "slimlab.parallel.tensor_state) and load them into one",
+    )
+    return logits
 
 
 def _check_model(model: nn.Module, ids: Tensor, max_new_tokens: int, memory: object) -> None:
