@@ -64,11 +64,10 @@ class DataParallel:
         broadcast: bool = True,
         compressor: Compressor | None = None,
     ):
-        self.model, self.comm = model, comm
         self.compressor = copy.deepcopy(compressor)
         if broadcast:
             broadcast_model(model, comm, bucket_bytes=bucket_bytes)
-        self.buckets = GradientBuckets(
+        buckets = GradientBuckets(
             model,
             comm,
             bucket_bytes=bucket_bytes,
@@ -76,6 +75,11 @@ class DataParallel:
             check_finite=check_finite,
             compressor=self.compressor,
         )
+        self._connect(model, comm, buckets)
+
+    def _connect(self, model: nn.Module, comm: Communicator, buckets: GradientBuckets) -> None:
+        # slimlab.parallel.zero brings buckets of its own, with the same methods.
+        self.model, self.comm, self.buckets = model, comm, buckets
         self._sync, self._new_step = True, True
         self._loss_sum, self._num_tokens = 0.0, 0
 
@@ -151,7 +155,7 @@ class DataParallel:
         Communicates: what backward does, once.
         Raises InputError as backward does.
         """
-        pieces = [] if _is_empty(batch) else split_batch(batch, micro_batch_size)
+        pieces = [] if is_empty(batch) else split_batch(batch, micro_batch_size)
         try:
             for number, piece in enumerate(pieces, start=1):
                 with context():
@@ -187,7 +191,11 @@ class DataParallel:
         return report[0] / total, total
 
 
-def _is_empty(batch: object | None) -> bool:
+def is_empty(batch: object | None) -> bool:
+    """Tell whether a rank has no data.
+
+    batch  as in DataParallel.gradients
+    """
     rows = []
     map_tensors(lambda tensor: rows.append(len(tensor) if tensor.dim() else 1), batch)
     return batch is None or (bool(rows) and not any(rows))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
 from slimlab.config import require
-from slimlab.parallel.data import DataParallel, _is_empty
+from slimlab.parallel.data import DataParallel, is_empty
 from slimlab.parallel.data_replicas import broadcast_model
 from slimlab.parallel.zero_checkpoint import load_shards, save_shards
 from slimlab.parallel.zero_gradients import ShardedGradients, check_used, clip_shards
@@ -96,9 +96,7 @@ class Zero(DataParallel):
         else:
             trained = [flat for some in reversed(flats) for flat in some]
             buckets = ShardedGradients(trained, stage, check_finite)
-        self.model, self.comm, self.buckets = model, comm, buckets
-        self._sync, self._new_step = True, True
-        self._loss_sum, self._num_tokens = 0.0, 0
+        self._connect(model, comm, buckets)
         self._has_gradients = False
         shards = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
         for flat in buckets.flats:
@@ -160,7 +158,7 @@ class Zero(DataParallel):
         Raises InputError as backward does.
         """
         if self.stage > 1 and micro_batch_size is not None:
-            mine = 1 if _is_empty(batch) else len(split_batch(batch, micro_batch_size))
+            mine = 1 if is_empty(batch) else len(split_batch(batch, micro_batch_size))
             number = torch.tensor([mine], device=self.comm.device)
             missing = int(self.comm.all_reduce(number, op="max")) - mine
             with self.no_sync():

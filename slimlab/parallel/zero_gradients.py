@@ -42,6 +42,7 @@ class ShardedGradients:
         self.unused: list[str] = []
         self.whole_peak_bytes = 0
         self._sending, self._next = False, 0
+        self._filling: set[FlatParameter] = set()
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._arrive, flat, number))
             for flat in flats
@@ -68,7 +69,7 @@ class ShardedGradients:
         """
         self._sending, self._next = send or self._stage > 1, 0
         for flat in self.flats:
-            flat.arrived = [False] * len(flat.params)
+            flat.arrived, flat.sent = [False] * len(flat.params), False
 
     def filled(self) -> list[bool]:
         """Tell which parameters got a gradient in this step on this rank, in the order of names."""
@@ -112,6 +113,7 @@ class ShardedGradients:
     def give_up(self) -> None:
         """Free what a pass that was not finished has left."""
         self._sending = False
+        self._filling.clear()
         for flat in self.flats:
             flat.drop_gradients()
 
@@ -128,28 +130,30 @@ class ShardedGradients:
         return self.flats[self._next]
 
     def _arrive(self, flat: FlatParameter, number: int, param: nn.Parameter) -> None:
-        late = self._sending and any(flat is one for one in self.flats[: self._next])
-        if flat.arrived[number] or late:
+        if flat.arrived[number] or flat.sent:
             raise InputError(
                 "one gradient for each parameter in a backward pass, before that of the unit is "
                 "sent",
-                f"{'a late' if late else 'a second'} one for {flat.names[number]}",
+                f"{'a late' if flat.sent else 'a second'} one for {flat.names[number]}",
                 "call backward through this model only, once per micro-batch; let the forward "
                 "pass go through the units in their order",
             )
         flat.take(number)
+        self._filling.add(flat)
         while self._sending and self._next < len(self.flats) and all(self._flat.arrived):
             self._send()
 
     def _send(self) -> None:
         flat = self._flat
         flat.fill_up()
-        whole_bytes = held_bytes([one.whole_grad for one in self.flats])
+        self._filling.add(flat)
+        whole_bytes = held_bytes([one.whole_grad for one in self._filling])
         self.whole_peak_bytes = max(self.whole_peak_bytes, whole_bytes)
         if self._check_finite and self.bad_name is None:
             number = flat.not_finite()
             self.bad_name = None if number is None else flat.names[number]
         flat.reduce()
+        self._filling.discard(flat)
         self._next += 1
 
 

@@ -42,6 +42,7 @@ class FlatParameter:
     pieces         (part of the shard that an optimizer updates, its start, its end)
     filled         whether each parameter got a gradient in this step on this rank
     arrived        whether each got one in this backward pass
+    sent           the row of gradients was sent in this backward pass
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class FlatParameter:
         self.filled, self.arrived = [False] * len(self.params), [False] * len(self.params)
         self.pieces: list[tuple[nn.Parameter, int, int]] = []
         self._handle: Handle | None = None
+        self.sent = False
         self.reduced = False  # the shard holds the sum of an earlier pass of this step
 
     def _empty_row(self) -> Tensor:
@@ -192,7 +194,7 @@ class FlatParameter:
         else:
             part = self._comm.reduce_scatter(self.whole_grad)
             self.shard_grad.add_(part) if self._stage > 1 else self.shard_grad.copy_(part)
-        self.reduced = True
+        self.reduced = self.sent = True
         self.drop_gradients()
 
     def drop_gradients(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimlab.config import InputError, require
 from slimlab.parallel.zero_gradients import ShardedGradients
-from slimlab.parallel.zero_shards import FlatParameter, held_bytes
+from slimlab.parallel.zero_shards import FlatParameter
 from slimlab.parallel.zero_units import Unit
 
 
@@ -47,7 +47,7 @@ class ShardedUnits(ShardedGradients):
         super().__init__(trained, 3, check_finite)
         self._unit_flats, self._prefetch = flats, prefetch
         self._units, self._last = units, len(units) - 1
-        self.gathered_peak_bytes = 0
+        self.gathered_peak_bytes = self._gathered_bytes = 0
         self._there: set[int] = set()
         self._at, self._in_backward = -1, False
         needs = [set(unit.needs) for unit in units]
@@ -55,6 +55,11 @@ class ShardedUnits(ShardedGradients):
         self._backward_needs = [
             some - {number} if unit.lookup_only else some
             for number, (unit, some) in enumerate(zip(units, needs))
+        ]
+        # Rows that stand before this one are complete when the backward pass comes to a unit.
+        self._due = [
+            next((flat for some in flats[number::-1] for flat in some if flat.trained), None)
+            for number in range(len(units))
         ]
         # Units before the first that is trained have no backward pass.
         is_trained = [any(flat.trained for flat in some) for some in flats]
@@ -172,8 +177,7 @@ class ShardedUnits(ShardedGradients):
     def _backward_to(self, number: int) -> None:
         while self._at > max(number, self._first):
             self._at -= 1
-            earlier = [flat for some in self._unit_flats[: self._at + 1] for flat in some]
-            self.send_before(next((flat for flat in self.flats if flat in earlier), None))
+            self.send_before(self._due[self._at])
             later = self._backward_needs[self._first : self._at + 1]
             self._keep(set().union(*later))
             self._gather(later[-1])
@@ -187,6 +191,7 @@ class ShardedUnits(ShardedGradients):
     def _keep(self, numbers: set[int]) -> None:
         for number in self._there - numbers:
             for flat in self._unit_flats[number]:
+                self._gathered_bytes -= flat.whole.untyped_storage().nbytes()
                 flat.free()
         self._there &= numbers
 
@@ -200,6 +205,6 @@ class ShardedUnits(ShardedGradients):
         for number in sorted(numbers - self._there):
             for flat in self._unit_flats[number]:
                 flat.start_gather(wait=wait)
+                self._gathered_bytes += flat.whole.untyped_storage().nbytes()
             self._there.add(number)
-        rows = [flat.whole for some in self._unit_flats for flat in some]
-        self.gathered_peak_bytes = max(self.gathered_peak_bytes, held_bytes(rows))
+        self.gathered_peak_bytes = max(self.gathered_peak_bytes, self._gathered_bytes)
