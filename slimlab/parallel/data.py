@@ -33,6 +33,10 @@ BUCKET_BYTES = 4 * 2**20
 LOSS_DIVISOR = 1024.0
 
 
+class NotFiniteGradientsError(InputError):
+    """Say on which ranks, and first in which parameters, gradients ceased to be finite."""
+
+
 class DataParallel:
     """One rank's replica of a model, whose gradients are those of all ranks' data together.
 
@@ -111,8 +115,7 @@ class DataParallel:
         """
         check_number("num_tokens", int(num_tokens), int, 0, float("inf"))
         if self._new_step:
-            self.buckets.begin_step()
-            self._loss_sum, self._num_tokens, self._new_step = 0.0, 0, False
+            self.begin_passes()
         self.buckets.begin_pass(send=self._sync)
         if loss_sum is not None:
             self._num_tokens += int(num_tokens)
@@ -131,6 +134,38 @@ class DataParallel:
             yield
         finally:
             self._sync = before
+
+    def begin_passes(self) -> None:
+        """Begin a step whose passes somebody else makes, such as a pipeline: forget all gradients.
+
+        Communicates: nothing.
+        """
+        self.buckets.begin_step()
+        self._loss_sum, self._num_tokens, self._new_step = 0.0, 0, False
+
+    def add_pass(self, back_propagate: Callable[[], object]) -> None:
+        """Let somebody else back-propagate a part of a step; what it adds is kept, nothing is sent.
+
+        back_propagate  adds to the gradients of parameters, to each once at most; of the sum of
+                        losses divided by LOSS_DIVISOR
+
+        Communicates: nothing.
+        """
+        self.buckets.begin_pass(send=False)
+        back_propagate()
+
+    def finish_passes(self, loss_sum: Tensor, num_tokens: int) -> tuple[Tensor, int]:
+        """End such a step: make each gradient that of the mean loss over all ranks' tokens.
+
+        loss_sum    () of all passes of this rank, or of its pipeline
+        num_tokens  likewise
+        returns     as backward
+
+        Communicates: what backward does.
+        Raises InputError as backward does.
+        """
+        self._loss_sum, self._num_tokens = loss_sum.double(), num_tokens
+        return self.backward(None, 0)
 
     def gradients(
         self,
@@ -206,7 +241,7 @@ def _check_finite(bad: list[int], names: list[str]) -> None:
     if not found:
         return
     more = f" and {len(found) - 8} more ranks" if len(found) > 8 else ""
-    raise InputError(
+    raise NotFiniteGradientsError(
         "gradients that are finite numbers on every rank",
         f"infinite or NaN first in {'; '.join(found[:8])}{more}",
         "look at the batch of that rank: a division by 0 or the logarithm of 0, or ids outside "
