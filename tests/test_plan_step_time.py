@@ -298,6 +298,14 @@ def test_overlap_hides_at_most_what_it_lasts():
     assert 0.9 * gap[0] < gap[1] < gap[0]
 
 
+def test_messages_that_take_turns_take_twice_as_long_and_whole_ones_eight_times():
+    parts = time_of(tensor=8, pipeline=8).message_s
+    turns = time_of(tensor=8, pipeline=8, software=replace(OLD, paired_messages=False)).message_s
+    whole = time_of(tensor=8, pipeline=8, software=replace(OLD, split_messages=False)).message_s
+    assert parts < turns < 2 * parts  # what is gathered inside a host is gathered once
+    assert 2 * parts < whole < 8 * parts
+
+
 def test_zero_3_loses_to_stages_the_more_gpus_share_a_batch():
     """Narayanan et al. 2021, table 2: per GPU 6 % behind on 384 GPUs, by a factor 3 on 1536."""
     behind = []

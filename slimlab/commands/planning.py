@@ -5,17 +5,18 @@ Chapter 11 uses it. Production frameworks have such planners too, and measure wh
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from slimlab.commands.training import OwnWords, number
-from slimlab.config import check_number, check_size
+from slimlab.config import InputError, check_choice, check_number, check_size, require
 from slimlab.plan.hardware import CLUSTERS, Constants, constant_table, find_cluster
 from slimlab.plan.known_models import MODELS, find_model
 from slimlab.plan.layout_bytes import axis_bytes
 from slimlab.plan.layout_search import Choices
-from slimlab.plan.parallel_config import RECOMPUTE
+from slimlab.plan.parallel_config import RECOMPUTE, num_micro_batches
 from slimlab.plan.params import num_params
 from slimlab.plan.planner import Candidate, Plan, plan_layouts
 from slimlab.plan.software import SOFTWARE, find_software
@@ -23,6 +24,9 @@ from slimlab.plan.software import SOFTWARE, find_software
 if TYPE_CHECKING:
     from slimlab.config import ModelConfig
 
+# A figure of more micro-batches than so many times the stages shows nothing more, one of more bars
+# than so many nothing at all.
+DRAWN, MOST_BARS = 2, 4000
 PARTS = ("compute_s", "tensor_s", "message_s", "bubble_s", "data_s", "optimizer_s")
 PINNED = (
     "tensor", "pipeline", "data", "micro_batch_size", "num_chunks", "recompute",
@@ -53,6 +57,8 @@ WORDS = dict(zip(PARTS, ("compute", "tensor", "messages", "bubble", "data", "opt
               help="Pin whether ranks of a tensor group share positions.")  # fmt: skip
 @number("--zero-stage", int, None, "Pin what replicas share, 0 to 3.")
 @number("--top", int, 8, "Layouts to list.")
+@click.option("--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Draw a step of the first layout into FILE, .svg or .png.")  # fmt: skip
 @click.option("--constants", is_flag=True, help="List the model's constants and their sources.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
@@ -64,6 +70,7 @@ def plan(
     seq_len: int | None,
     tokens: float | None,
     top: int,
+    timeline: Path | None,
     constants: bool,
     as_json: bool,
     **pinned,
@@ -77,6 +84,7 @@ def plan(
       slimlab plan --model gpt3-175b --gpus 1024 --hardware a100-80gb
       slimlab plan --model bloom-176b --gpus 384 --hardware a100-80gb-omnipath --tensor 4
       slimlab plan --model llama-65b --gpus 2048 --tokens 1.4e12 --json
+      slimlab plan --model gpt-530b --gpus 2520 --timeline step.svg
       slimlab plan --constants
     \f
 
@@ -88,6 +96,7 @@ def plan(
     seq_len     tokens of a sequence
     tokens      of the whole training
     top         layouts to list
+    timeline    where a figure goes
     constants   list the constants instead
     as_json     print JSON
     pinned      sizes of the layout that were given
@@ -97,6 +106,8 @@ def plan(
         click.echo(json.dumps(rows, indent=2) if as_json else _constants_text(rows))
         return
     check_size("top", top)
+    if timeline is not None:
+        check_choice("the ending of the timeline's file", timeline.suffix, (".svg", ".png", ".pdf"))
     if tokens is not None:
         check_number("tokens", tokens, float, 0, float("inf"), above=True)
     known = find_model(model)
@@ -109,6 +120,8 @@ def plan(
     fixed = {name: (pinned[name],) for name in PINNED if pinned[name] is not None}
     found = _search(config, head, Choices(**fixed))
     layouts = [_facts(config, one, head, tokens) for one in found.best[:top]]
+    if timeline is not None:
+        _draw(config, found.best[0], head, timeline)
     if as_json:
         refused = [asdict(one) for one in found.refused]
         click.echo(json.dumps({**head, "layouts": layouts, "refused": refused}, indent=2))
@@ -142,6 +155,52 @@ def _facts(config: "ModelConfig", one: Candidate, head: dict, tokens: float | No
         "tokens_per_s": time.tokens_per_s,
     }
     return {**facts, "days": time.days(tokens)} if tokens is not None else facts
+
+
+def _draw(config: "ModelConfig", one: Candidate, head: dict, path: Path) -> None:
+    """Simulate a step of a layout, or its first micro-batches, and draw who computes when."""
+    from slimlab.parallel.schedules import interleaved, one_forward_one_backward
+    from slimlab.plan.pipeline_simulator import simulate
+    from slimlab.plan.step_pipeline import planned_stage_times
+    from slimlab.show.schedules import schedule_figure
+    from slimlab.show.style import use_style
+
+    parallel, batch_size = one.parallel, head["batch_size"]
+    times = planned_stage_times(
+        config,
+        find_cluster(head["hardware"]),
+        parallel,
+        batch_size,
+        software=find_software(head["software"]),
+    )
+    count = num_micro_batches(parallel, batch_size)
+    drawn = _num_drawn(parallel.pipeline, parallel.num_chunks, count)
+    if parallel.num_chunks > 1:
+        schedule = interleaved(parallel.pipeline, drawn, parallel.num_chunks)
+    else:
+        schedule = one_forward_one_backward(parallel.pipeline, drawn)
+    shown = f"{drawn} of {count} micro-batches, predicted"
+    use_style()
+    figure = schedule_figure(simulate(schedule, times), f"{head['model']}: {shown}\n{parallel}")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(
+            "a file that can be written", f"{path}: {error}", "name another"
+        ) from error
+
+
+def _num_drawn(stages: int, chunks: int, count: int) -> int:
+    """Choose how many of a step's micro-batches a figure shows; of chunks, a multiple of stages."""
+    multiple = stages if chunks > 1 else 1
+    most = MOST_BARS // (2 * stages * chunks * multiple) * multiple
+    require(
+        most > 0,
+        f"a figure of at most {MOST_BARS} bars",
+        f"{stages} stages of {chunks} chunks, {2 * stages * chunks * multiple} bars at the least",
+        "pin num_chunks=1, or fewer stages",
+    )
+    return min(count, DRAWN * stages, most)
 
 
 def _plan_text(head: dict, layouts: list[dict], found: Plan) -> str:

@@ -30,6 +30,8 @@ class Software:
                       zero_stage 3, weights are gathered while the block before computes
     split_messages    ranks of a tensor group send a part of each message between stages, and gather
                       it inside the host; else each sends all of it
+    paired_messages   a stage sends to a neighbour and receives from it at once; else one after the
+                      other
     gradient_bytes    2 or 4, per element of the sum of gradients
 
     Raises InputError for a value that is none of these.
@@ -41,6 +43,7 @@ class Software:
     overlap_tensor: bool = True
     overlap_data: bool = True
     split_messages: bool = True
+    paired_messages: bool = True
     gradient_bytes: int = 4
 
     def __post_init__(self):
@@ -56,6 +59,7 @@ class Software:
 
 FLAGS = (
     "fused_kernels", "fused_gradients", "overlap_tensor", "overlap_data", "split_messages",
+    "paired_messages",
 )  # fmt: skip
 
 SOFTWARE = {
@@ -67,10 +71,11 @@ SOFTWARE = {
     ),
     # Korthikanti et al. 2022: collectives of tensor parallelism run beside weight gradients.
     "megatron-2022": Software(attention="explicit", overlap_data=False, gradient_bytes=2),
-    # Pipelines of Megatron-DeepSpeed: whole messages, gradients summed in 32 bits.
+    # DeepSpeed's pipelines (runtime/pipe/schedule.py): each message is an instruction of its own,
+    # and blocks; gradients are summed in 32 bits.
     "megatron-deepspeed": Software(
         attention="explicit", fused_gradients=False, overlap_tensor=False, overlap_data=False,
-        split_messages=False,
+        paired_messages=False,
     ),
     # PyTorch's own kernels and fully_shard, without a compiler.
     "torch-fsdp": Software(fused_kernels=False, fused_gradients=False, overlap_tensor=False),

@@ -174,7 +174,7 @@ def _joined(parts: list[tuple[int, PartTime]]) -> PartTime:
 
 
 def exchange_s(config: ModelConfig, clock: Clock) -> float:
-    """Predict the seconds of an exchange between neighbouring stages, both directions at once.
+    """Predict the seconds of an exchange between neighbouring stages: one message each way.
 
     config  d_model and seq_len are read
     clock   what seconds are computed from
@@ -188,6 +188,7 @@ def exchange_s(config: ModelConfig, clock: Clock) -> float:
     rate = cluster.host_bytes_per_s if near else cluster.network_bytes_per_s
     sent = n_bytes / (parallel.tensor if parts else 1)
     seconds = clock.constants.message_s + sent / (rate * clock.constants.network_efficiency)
+    seconds *= 1 if clock.software.paired_messages else 2
     if parts and not parallel.sequence_parallel:
         seconds += clock.collective_s("all_gather", "tensor", n_bytes)
     return seconds
