@@ -1,0 +1,39 @@
+from slimlab.classroom.check import numbers
+
+
+def my_cut():
+    """How many layers of yours each device gets."""
+    given = numbers("9.5")
+    sizes, rooms = given["layer_gb"], given["device_gb"]
+    cuts = [(i, j - i, len(sizes) - j) for j in range(len(sizes) + 1) for i in range(j + 1)]
+
+    def fullness(cut):
+        ends = [0, cut[0], cut[0] + cut[1], len(sizes)]
+        return max(sum(sizes[a:b]) / room for a, b, room in zip(ends, ends[1:], rooms))
+
+    return list(min(cuts, key=fullness))
+
+
+def best_cut(layer_bytes, device_bytes):
+    """A list with the number of layers on each device; the fullest is as little full as can be."""
+    cut, at = [], 0
+    for room in device_bytes:
+        start, held = at, 0
+        while at < len(layer_bytes) and held + layer_bytes[at] <= room:
+            held += layer_bytes[at]
+            at += 1
+        cut.append(at - start)
+    cut[-1] += len(layer_bytes) - at
+    return cut
+
+
+def fewest_devices(layer_bytes, one_device_bytes):
+    """How many equal devices are enough; 0 if none is."""
+    if max(layer_bytes) > one_device_bytes:
+        return 0
+    num, left = 1, one_device_bytes
+    for needed in layer_bytes:  # fill each device as far as it goes: waiting never helps
+        if needed > left:
+            num, left = num + 1, one_device_bytes
+        left -= needed
+    return num
