@@ -105,11 +105,7 @@ def plan(
         rows = constant_table(Constants())
         click.echo(json.dumps(rows, indent=2) if as_json else _constants_text(rows))
         return
-    check_size("top", top)
-    if timeline is not None:
-        check_choice("the ending of the timeline's file", timeline.suffix, (".svg", ".png", ".pdf"))
-    if tokens is not None:
-        check_number("tokens", tokens, float, 0, float("inf"), above=True)
+    _check(top, tokens, timeline)
     known = find_model(model)
     config = known.config if seq_len is None else replace(known.config, seq_len=seq_len)
     head = {
@@ -127,6 +123,14 @@ def plan(
         click.echo(json.dumps({**head, "layouts": layouts, "refused": refused}, indent=2))
     else:
         click.echo(_plan_text(head, layouts, found))
+
+
+def _check(top: int, tokens: float | None, timeline: Path | None) -> None:
+    check_size("top", top)
+    if timeline is not None:
+        check_choice("the ending of the timeline's file", timeline.suffix, (".svg", ".png", ".pdf"))
+    if tokens is not None:
+        check_number("tokens", tokens, float, 0, float("inf"), above=True)
 
 
 def _search(config: "ModelConfig", head: dict, choices: Choices) -> Plan:
