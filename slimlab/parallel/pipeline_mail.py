@@ -1,0 +1,134 @@
+"""What stages of a pipeline send each other: activations forward, their gradients backward.
+
+Chapter 10 uses it. Which messages there are follows from the schedule: an instruction needs
+products, and a product is made on another stage or on this one. Sends are only started, since a
+blocking one would deadlock nearly every schedule; receives are started some instructions before
+their product is needed, so that it can arrive while something else is computed.
+
+A tensor that is sent must be kept until it has arrived. Asking would cost a call; instead, what
+arrives later from the same stage proves it: whatever that stage needed for it, it had received.
+
+Production: Megatron-LM and torch fuse a send with the receive that follows it
+(batch_isend_irecv), as NCCL demands.
+"""
+
+from torch import Tensor
+
+from slimlab.comm.base import Communicator
+from slimlab.comm.calls import MAX_TAG, Handle
+from slimlab.config import require
+from slimlab.plan.pipeline_schedule import FORWARD, Product, Schedule
+
+AHEAD = 2  # instructions whose receives are started before they are reached
+
+
+class Mail:
+    """One stage's messages in one step.
+
+    comm      of the stages, in their order
+    schedule  what each stage does
+    """
+
+    def __init__(self, comm: Communicator, schedule: Schedule):
+        self.comm, self.schedule = comm, schedule
+        last = tag_of(schedule, (FORWARD, schedule.num_virtual_stages, 0))
+        require(
+            last <= MAX_TAG,
+            f"at most {MAX_TAG // 2} products: virtual stages times micro-batches",
+            f"{schedule.num_virtual_stages} times {schedule.num_micro_batches}",
+            "take larger micro-batches",
+        )
+        self._order = schedule.stages[comm.rank]
+        self._made_at, self._used_at = _places(schedule)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the step before, which may have failed."""
+        self._here: dict[Product, Tensor] = {}
+        self._coming: dict[Product, tuple[int, Handle]] = {}
+        self._leaving: list[tuple[int, int, Handle]] = []
+        self._asked = 0
+
+    def ask_ahead(self, number: int) -> None:
+        """Start to receive what the next instructions need.
+
+        number  of the instruction that is reached
+        """
+        while self._asked < min(number + 1 + AHEAD, len(self._order)):
+            for product in self.schedule.needs(self.comm.rank, self._order[self._asked]):
+                src = self.source_of(product)
+                if src is not None:
+                    handle = self.comm.irecv(src, tag_of(self.schedule, product))
+                    self._coming[product] = src, handle
+            self._asked += 1
+
+    def take(self, product: Product) -> Tensor:
+        """Return a product that was made before, here or elsewhere; wait until it is there.
+
+        product  that the instruction needs
+        """
+        if product in self._here:
+            return self._here.pop(product)
+        src, handle = self._coming.pop(product)
+        tensor = handle.wait()
+        self._let_go(src, self._made_at[product])
+        return tensor
+
+    def hand_on(self, product: Product, tensor: Tensor) -> None:
+        """Send a product, or keep it if this stage needs it itself.
+
+        product  that was made
+        tensor   its value
+        """
+        dst = self.schedule.receiver_of(product)
+        if dst is None:
+            self._here[product] = tensor
+            return
+        handle = self.comm.isend(tensor, dst, tag_of(self.schedule, product))
+        self._leaving.append((dst, self._used_at[product], handle))
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        for _, _, handle in self._leaving:
+            handle.wait()
+        self._leaving = []
+
+    def source_of(self, product: Product) -> int | None:
+        """Return the stage that a product comes from; None: it is made here, or is no message.
+
+        product  that an instruction of this stage needs
+        """
+        away = self.schedule.receiver_of(product) == self.comm.rank
+        return self.schedule.place_of(product[1])[0] if away else None
+
+    def _let_go(self, src: int, made_at: int) -> None:
+        # What src used before it made this has arrived there: these waits return at once.
+        kept = []
+        for dst, used_at, handle in self._leaving:
+            if dst == src and used_at <= made_at:
+                handle.wait()
+            else:
+                kept.append((dst, used_at, handle))
+        self._leaving = kept
+
+
+def tag_of(schedule: Schedule, product: Product) -> int:
+    """Return the tag of a product's message; every product of a step has its own.
+
+    schedule  counts the micro-batches
+    product   what is sent
+    """
+    kind, place, micro_batch = product
+    return (2 * place + (kind != FORWARD)) * schedule.num_micro_batches + micro_batch
+
+
+def _places(schedule: Schedule) -> tuple[dict[Product, int], dict[Product, int]]:
+    """Find where in its maker's list a product is made, and where in its receiver's it is used."""
+    made_at, used_at = {}, {}
+    for stage, order in enumerate(schedule.stages):
+        for number, one in enumerate(order):
+            made_at |= dict.fromkeys(schedule.makes(stage, one), number)
+            for product in schedule.needs(stage, one):
+                if schedule.receiver_of(product) == stage:
+                    used_at[product] = number
+    return made_at, used_at
