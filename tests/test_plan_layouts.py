@@ -418,6 +418,8 @@ def test_the_command_lists_constants_with_their_sources():
         (("--tensor", 7), "tensor 2, 4, 8"),
         (("--batch-size", -3), "batch_size = -3"),
         (("--top", 0), "top"),
+        (("--seq-len", 0), "seq_len = 0"),
+        (("--zero-stage", 5), "zero_stage: 0, 1, 2 or 3"),
         (("--tokens", 0), "tokens"),
     ],
 )

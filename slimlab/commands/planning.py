@@ -78,13 +78,12 @@ def plan(
     """Plan the training of a model on many GPUs: the best layouts, and why others fail.
 
     \b
-    Nothing runs: all is predicted from sizes, for a program that is tuned well. Others are slower,
-    by a tenth or more. Pin a size to compare layouts, or to see why one cannot be.
+    Nothing runs: all is predicted, for a program that is tuned well; others are slower, by a tenth
+    or more. Pin a size to compare layouts, or to see why one cannot be.
     Examples:
       slimlab plan --model gpt3-175b --gpus 1024 --hardware a100-80gb
       slimlab plan --model bloom-176b --gpus 384 --hardware a100-80gb-omnipath --tensor 4
-      slimlab plan --model llama-65b --gpus 2048 --tokens 1.4e12 --json
-      slimlab plan --model gpt-530b --gpus 2520 --timeline step.svg
+      slimlab plan --model llama-65b --gpus 2048 --tokens 1.4e12 --timeline step.svg
       slimlab plan --constants
     \f
 
@@ -102,12 +101,11 @@ def plan(
     pinned      sizes of the layout that were given
     """
     if constants:
-        rows = constant_table(Constants())
-        click.echo(json.dumps(rows, indent=2) if as_json else _constants_text(rows))
+        click.echo(_constants_text(as_json))
         return
-    _check(top, tokens, timeline)
+    _check(top, tokens, timeline, seq_len)
     known = find_model(model)
-    config = known.config if seq_len is None else replace(known.config, seq_len=seq_len)
+    config = replace(known.config, seq_len=seq_len or known.config.seq_len)
     head = {
         "model": model, "num_params": num_params(config), "num_gpus": num_gpus,
         "hardware": hardware, "software": software, "seq_len": config.seq_len,
@@ -125,8 +123,10 @@ def plan(
         click.echo(_plan_text(head, layouts, found))
 
 
-def _check(top: int, tokens: float | None, timeline: Path | None) -> None:
+def _check(top: int, tokens: float | None, timeline: Path | None, seq_len: int | None) -> None:
     check_size("top", top)
+    if seq_len is not None:
+        check_size("seq_len", seq_len)
     if timeline is not None:
         check_choice("the ending of the timeline's file", timeline.suffix, (".svg", ".png", ".pdf"))
     if tokens is not None:
@@ -246,8 +246,10 @@ def _limit(head: dict) -> str:
     return f"{head['limit_bytes'] / 1e9:.1f} GB"
 
 
-def _constants_text(rows: list[dict]) -> str:
-    lines = []
+def _constants_text(as_json: bool) -> str:
+    rows, lines = constant_table(Constants()), []
+    if as_json:
+        return json.dumps(rows, indent=2)
     for one in rows:
         lines.append(
             f"{one['name']} = {one['value']:g} {one['unit'] if one['unit'] != '1' else ''}"
