@@ -62,6 +62,14 @@ def test_the_fitted_constants_are_what_the_fit_finds_and_no_more_than_three():
         assert round(getattr(constants, name), 3) == getattr(Constants(), name)
 
 
+def test_the_tool_prints_the_fit_every_step_and_the_errors(capsys):
+    fit_planner.main()
+    text = capsys.readouterr().out
+    assert "matmul_efficiency = 0.950" in text
+    assert all(step.name in text for step in ALL)
+    assert "constant rate" in text
+
+
 def test_every_constant_has_a_meaning_a_unit_and_a_source():
     rows = constant_table()
     assert [row["name"] for row in rows] == [one.name for one in fields(Constants)]
@@ -106,6 +114,31 @@ def test_a_block_takes_the_published_milliseconds(recompute, sequence_parallel):
     forward_ms, backward_ms = TABLE_4[recompute, sequence_parallel]
     assert 1e3 * block.forward_s == pytest.approx(forward_ms, rel=0.04)
     assert 1e3 * (block.backward_s + block.recompute_s) == pytest.approx(backward_ms, rel=0.04)
+
+
+# Qi et al. 2024 (arXiv:2401.10241), tables 3 and 4: layers, width, heads, stages, micro-batch, and
+# ms of a stage's forward pass, input gradient and weight gradient. No tensor parallelism; the
+# tables of tokens and the logits count as a layer each.
+QI = {
+    "1.5B": ((22, 2304, 24), 8, 6, (18.522, 18.086, 9.337)),
+    "6.2B": ((30, 4096, 32), 8, 3, (29.718, 29.444, 19.927)),
+    "14.6B": ((46, 5120, 40), 16, 1, (11.347, 11.248, 8.132)),
+    "28.3B": ((62, 6144, 48), 32, 1, (10.419, 10.207, 7.715)),
+}
+
+
+@pytest.mark.parametrize("name", QI)
+def test_stages_of_another_paper_take_the_published_milliseconds(name):
+    sizes, pipeline, micro_batch_size, published_ms = QI[name]
+    config = gpt_config(*sizes, seq_len=1024)
+    parallel = ParallelConfig(1, pipeline, 1, micro_batch_size)
+    clock = Clock(A100, parallel, find_software("megatron-2022"), Constants())
+    block, layers = block_time(config, clock), (config.num_layers + 2) / pipeline
+    weight_s = block.weight_gradient_s
+    seconds = (block.forward_s, block.backward_s - weight_s, weight_s)
+    predicted_ms = [1e3 * layers * part for part in seconds]
+    assert predicted_ms == pytest.approx(published_ms, rel=0.14)
+    assert sum(predicted_ms) == pytest.approx(sum(published_ms), rel=0.08)
 
 
 def test_the_published_days_come_out():

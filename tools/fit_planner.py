@@ -27,7 +27,6 @@ from slimlab.plan.step_time import step_time
 from slimlab.plan.training_flop import training_step_flop
 
 FITTED = ("matmul_efficiency", "memory_efficiency")
-DIGITS = 2
 Model = Callable[[PublishedStep], float]
 
 
@@ -84,7 +83,7 @@ def mean_error(model: Model, steps: Sequence[PublishedStep]) -> float:
 
 
 def errors_of(fit_model: Callable) -> dict[str, float]:
-    """The errors of a model on all tables, in the words of the issue of the day."""
+    """The mean absolute errors of a model, fitted on table 1, on all tables."""
     model = fit_model(SC21_TABLE_1)
     return {
         "table 1, one left out": left_out(fit_model, SC21_TABLE_1),
