@@ -155,9 +155,8 @@ class TorchCommunicator(Communicator):
             return self._combined(part, part, op, out)
         parts = self._carriers.exchange(whole, sizes, [mine] * self.world_size, None)
         parts = parts.view(self.world_size, mine, *more)
-        return delivered(
-            reduce_in_rank_order(parts, op), space_for(tensor, (mine, *more), out), out
-        )
+        total = reduce_in_rank_order(parts, op, may_change=True)
+        return delivered(total, space_for(tensor, (mine, *more), out), out)
 
     def _all_gather(self, call, tensor, sizes, out):
         self._comparison.check(call)

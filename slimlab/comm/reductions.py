@@ -181,17 +181,20 @@ class Reductions(Messages):
         )
 
 
-def reduce_in_rank_order(tensors: Sequence[Tensor], op: str) -> Tensor:
+def reduce_in_rank_order(tensors: Sequence[Tensor], op: str, *, may_change: bool = False) -> Tensor:
     """Combine one tensor per rank, in the order of the ranks.
 
     Floating sums depend on their order; with the order fixed, every run gives the same bits.
 
-    tensors  one per rank, same shape and dtype
-    op       "sum", "mean", "max" or "min"
-    returns  a new tensor
+    tensors     one per rank, same shape and dtype
+    op          "sum", "mean", "max" or "min"
+    may_change  nobody needs the tensors any more
+    returns     a new tensor; if they may be changed, the first of them
     """
     combine = {"max": torch.maximum, "min": torch.minimum}.get(op, torch.add)
-    total = tensors[0].clone(memory_format=torch.contiguous_format)
+    total = tensors[0]
+    if not may_change:
+        total = total.clone(memory_format=torch.contiguous_format)
     for tensor in tensors[1:]:
         combine(total, tensor, out=total)
     return total.div_(len(tensors)) if op == "mean" else total
