@@ -10,8 +10,9 @@ import fit_planner
 import pytest
 from fit_planner import errors_of, fit, predicted_s
 
-from slimlab.config import InputError
+from slimlab.config import InputError, ModelConfig
 from slimlab.parallel.schedules import gpipe, interleaved, one_forward_one_backward
+from slimlab.plan.alpha_beta import Link
 from slimlab.plan.block_time import block_time
 from slimlab.plan.hardware import (
     CLUSTERS,
@@ -21,7 +22,9 @@ from slimlab.plan.hardware import (
     constant_table,
     find_cluster,
 )
+from slimlab.plan.own_cluster import own_cluster
 from slimlab.plan.parallel_config import ParallelConfig, num_micro_batches
+from slimlab.plan.params import num_params
 from slimlab.plan.pipeline_simulator import simulate
 from slimlab.plan.published_runs import (
     RECOMPUTED_FULL,
@@ -373,6 +376,37 @@ def test_the_axis_next_to_a_tensor_group_shares_its_host():
 def test_every_cluster_and_program_gives_a_step_below_its_peak(name, software):
     time = time_of(64, cluster=find_cluster(name), software=find_software(software))
     assert 0.05 < time.mfu < 0.7
+
+
+def test_ranks_of_one_machine_make_a_cluster():
+    link = Link(20e-6, 1e-9)
+    cluster, constants = own_cluster(40e9, 9e9, 4e9, link, 2)
+    config = ModelConfig(768, 128, 128, 4, 4)
+    software = find_software("slimlab")
+    own = {"software": software, "constants": constants}
+    one, two = (
+        step_time(config, cluster, ParallelConfig(data, micro_batch_size=8), 8 * data, **own)
+        for data in (1, 2)
+    )
+    # Products alone take 2 FLOP at 40 GFLOP/s, so the step takes longer, but not much longer.
+    assert 1 < one.total_s / (one.model_flop / 40e9) < 2
+    held = 4 * num_params(config)
+    assert two.data_s == pytest.approx(held * 1e-9 + 3 * 20e-6, rel=1e-3)
+    assert two.total_s == pytest.approx(one.total_s + two.data_s)
+    assert cluster.gpus_per_host == 2
+    with pytest.raises(InputError, match="beta_s_per_byte"):
+        own_cluster(40e9, 9e9, 4e9, Link(20e-6, 0.0), 2)
+
+
+def test_32_bits_take_twice_the_bytes_of_16():
+    wide = replace(OLD, item_bytes=4, gradient_bytes=4)
+    there, back = time_of(data=8, batch_size=256), time_of(data=8, batch_size=256, software=wide)
+    assert back.data_s == pytest.approx(2 * there.data_s, rel=0.02)
+    assert 1.7 < back.tensor_s / there.tensor_s < 2
+    assert back.compute_s > there.compute_s
+    assert back.optimizer_s < there.optimizer_s  # no masters
+    with pytest.raises(InputError, match="item_bytes: 2 or 4"):
+        Software(item_bytes=1)
 
 
 def test_bad_hardware_and_words_are_refused():

@@ -11,7 +11,8 @@ host.
 from dataclasses import dataclass
 
 from slimlab.config import ModelConfig
-from slimlab.plan.layout_memory import ITEM_BYTES, rank_heads
+from slimlab.plan.layout_bytes import message_bytes
+from slimlab.plan.layout_memory import rank_heads
 from slimlab.plan.parallel_config import ParallelConfig, padded_vocab_size
 from slimlab.plan.rank_clock import (
     ACTIVATE,
@@ -88,7 +89,7 @@ def logits_time(config: ModelConfig, clock: Clock) -> PartTime:
     launch = clock.constants.kernel_s
     norm = clock.kernels_s(NORM, _outside(tokens * config.d_model, parallel))
     loss = clock.kernels_s(LOSS, tokens * width)
-    n_bytes = tokens * config.d_model * ITEM_BYTES
+    n_bytes = tokens * config.d_model * clock.software.item_bytes
     forward_s = clock.product_s(*sizes) + launch + norm[0] + loss[0]
     # Maximum, sum and the target's score, of each position.
     small_s = 3 * clock.collective_s("all_reduce", "tensor", 4 * tokens)
@@ -108,7 +109,7 @@ def tables_time(config: ModelConfig, clock: Clock) -> PartTime:
     """
     row = clock.parallel.micro_batch_size * config.seq_len * config.d_model
     forward_s, backward_s = clock.kernels_s(TABLES, _outside(row, clock.parallel))
-    moved_s = clock.collective_s("all_reduce", "tensor", row * ITEM_BYTES)
+    moved_s = clock.collective_s("all_reduce", "tensor", row * clock.software.item_bytes)
     return PartTime(forward_s + moved_s, backward_s, tensor_s=moved_s)
 
 
@@ -134,8 +135,8 @@ def _products_s(config: ModelConfig, clock: Clock) -> tuple[float, float, float]
     input_s = sum(clock.product_s(tokens, o, i) + launch for i, o in layers)
     weight_s = sum(clock.product_s(i, tokens, o) + launch for i, o in layers)
     if not clock.software.fused_gradients:
-        size = clock.software.gradient_bytes
-        weight_s += clock.memory_s(sum(i * o for i, o in layers) * (ITEM_BYTES + 2 * size))
+        moved = clock.software.item_bytes + 2 * clock.software.gradient_bytes
+        weight_s += clock.memory_s(sum(i * o for i, o in layers) * moved)
     return forward_s, input_s, weight_s
 
 
@@ -190,7 +191,7 @@ def _tensor_s(
     weight gradients, and those two all_gathers, beside input gradients.
     """
     parallel = clock.parallel
-    n_bytes = parallel.micro_batch_size * config.seq_len * config.d_model * ITEM_BYTES
+    n_bytes = message_bytes(config, parallel, clock.software)
     if not parallel.sequence_parallel:
         both_s = 2 * clock.collective_s("all_reduce", "tensor", n_bytes)
         back_s = both_s

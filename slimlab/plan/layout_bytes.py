@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from slimlab.config import ModelConfig, check_number
-from slimlab.plan.layout_memory import ITEM_BYTES, block_rank_params, stage_params
+from slimlab.plan.layout_memory import block_rank_params, stage_params
 from slimlab.plan.parallel_config import (
     ParallelConfig,
     check_parallel,
@@ -66,7 +66,7 @@ def step_transfers(
     """List what each rank of a stage sends in one step.
 
     config, parallel, batch_size  a model, its layout, sequences of a step
-    software                      split_messages and gradient_bytes are read; Software() if None
+    software                      split_messages, item_bytes, gradient_bytes; Software() if None
     stage                         from 0
     returns                       the transfers of more than no byte; groups of one rank have none
 
@@ -77,7 +77,7 @@ def step_transfers(
     software = software or Software()
     count = num_micro_batches(parallel, batch_size)
     found = [
-        *_tensor_transfers(config, parallel, stage, count),
+        *_tensor_transfers(config, parallel, software, stage, count),
         *_pipeline_transfers(config, parallel, software, stage, count),
         *_data_transfers(config, parallel, software, stage, count),
     ]
@@ -105,13 +105,14 @@ def axis_bytes(
     return sums
 
 
-def message_bytes(config: ModelConfig, parallel: ParallelConfig) -> int:
+def message_bytes(config: ModelConfig, parallel: ParallelConfig, software: Software) -> int:
     """Return the bytes of the activations of a micro-batch between two layers, all of them.
 
     config    d_model and seq_len are read
     parallel  micro_batch_size is read
+    software  item_bytes is read
     """
-    return parallel.micro_batch_size * config.seq_len * config.d_model * ITEM_BYTES
+    return parallel.micro_batch_size * config.seq_len * config.d_model * software.item_bytes
 
 
 def tied_table_bytes(config: ModelConfig, parallel: ParallelConfig, software: Software) -> float:
@@ -129,9 +130,9 @@ def tied_table_bytes(config: ModelConfig, parallel: ParallelConfig, software: So
 
 
 def _tensor_transfers(
-    config: ModelConfig, parallel: ParallelConfig, stage: int, count: int
+    config: ModelConfig, parallel: ParallelConfig, software: Software, stage: int, count: int
 ) -> Iterator[Transfer]:
-    n_bytes, size = message_bytes(config, parallel), parallel.tensor
+    n_bytes, size = message_bytes(config, parallel, software), parallel.tensor
     layers = stage_layers(config.num_layers, parallel.pipeline, parallel.num_chunks)[stage]
     there = 2 * count * layers * (2 if parallel.recompute == "full" else 1)
     back = 2 * count * layers
@@ -156,7 +157,7 @@ def _pipeline_transfers(
     config: ModelConfig, parallel: ParallelConfig, software: Software, stage: int, count: int
 ) -> Iterator[Transfer]:
     p, v, last = parallel.pipeline, parallel.num_chunks, parallel.pipeline - 1
-    n_bytes = message_bytes(config, parallel)
+    n_bytes = message_bytes(config, parallel, software)
     # The last stage passes on to the first unless the chunk is the last, and the other way round.
     there = count * (v - 1 if stage == last else v)
     back = count * (v - 1 if stage == 0 else v)
@@ -177,7 +178,7 @@ def _data_transfers(
     config: ModelConfig, parallel: ParallelConfig, software: Software, stage: int, count: int
 ) -> Iterator[Transfer]:
     size, held = parallel.data, stage_params(config, parallel, stage)
-    gradients, weights = held * software.gradient_bytes, held * ITEM_BYTES
+    gradients, weights = held * software.gradient_bytes, held * software.item_bytes
     zero = parallel.zero_stage
     if zero == 0:
         yield Transfer("data", "gradients", "all_reduce", 1, gradients, size)
@@ -191,6 +192,6 @@ def _data_transfers(
             block = block_rank_params(config, parallel.tensor)
             part = held - layers * block if rest else block
             calls = count * (1 if rest else layers)
-            size_of = software.gradient_bytes
-            yield Transfer("data", purpose, "all_gather", 2 * calls, part * ITEM_BYTES, size)
-            yield Transfer("data", purpose, "reduce_scatter", calls, part * size_of, size)
+            there, back = part * software.item_bytes, part * software.gradient_bytes
+            yield Transfer("data", purpose, "all_gather", 2 * calls, there, size)
+            yield Transfer("data", purpose, "reduce_scatter", calls, back, size)

@@ -27,11 +27,8 @@ from slimlab.plan.parallel_config import (
 from slimlab.plan.software import Software
 from slimlab.plan.tensor_parallel import local_param_shapes
 
-ITEM_BYTES = 2  # of an element in 16 bits
 MASK_BYTES = 1  # of an element in a mask of dropout
 FLOAT32_BYTES = 4
-# Masters and the two moments of AdamW, in 32 bits.
-OPTIMIZER_BYTES = 12
 
 
 def rank_bytes(
@@ -42,10 +39,10 @@ def rank_bytes(
 ) -> dict[str, float]:
     """Predict what a rank of the fullest stage holds when it holds most.
 
-    config      a decoder; trained in 16 bits with masters of 32, by AdamW
+    config      a decoder, trained by AdamW
     parallel    the layout
     batch_size  sequences of a step, over all replicas
-    software    attention and gradient_bytes are read; Software() if not given
+    software    attention, gradient_bytes and item_bytes are read; Software() if not given
     returns     "weights", "gradients", "optimizer", "gathered" (zero_stage 3: the weights of two
                 blocks at a time), "activations", "working" (recomputation: one block's), "logits"
                 -> bytes; all zeros are left out
@@ -154,7 +151,7 @@ def _stage_bytes(
     held = held_micro_batches(parallel, num_micro_batches, stage)
     state = _state_bytes(config, parallel, software, stage)
     kept = block_kept_bytes(config, parallel, software) * layers * held
-    extra = _end_bytes(config, parallel, stage, held)
+    extra = _end_bytes(config, parallel, software.item_bytes, stage, held)
     working = 0.0
     if parallel.recompute == "full":
         whole = replace(parallel, recompute="none")
@@ -170,11 +167,11 @@ def _state_bytes(
     count, zero, data = stage_params(config, parallel, stage), parallel.zero_stage, parallel.data
     gathered = 0
     if zero == 3:
-        gathered = 2 * block_rank_params(config, parallel.tensor) * ITEM_BYTES
+        gathered = 2 * block_rank_params(config, parallel.tensor) * software.item_bytes
     return {
-        "weights": count * ITEM_BYTES / (data if zero >= 3 else 1),
+        "weights": count * software.item_bytes / (data if zero >= 3 else 1),
         "gradients": count * software.gradient_bytes / (data if zero >= 2 else 1),
-        "optimizer": count * OPTIMIZER_BYTES / (data if zero >= 1 else 1),
+        "optimizer": count * software.optimizer_bytes / (data if zero >= 1 else 1),
         "gathered": gathered,
     }
 
@@ -204,34 +201,35 @@ def block_kept_bytes(config: ModelConfig, parallel: ParallelConfig, software: So
 
     config    all sizes are read, feed_forward, dropout and positions
     parallel  micro_batch_size, tensor, recompute and sequence_parallel are read
-    software  attention is read
+    software  attention and item_bytes are read
     returns   for a GPT block with dropout s b h (10 + 24/t + 5 a s/(h t)) bytes, of Korthikanti et
               al. 2022, table 2, and its variants
     """
     tokens = parallel.micro_batch_size * config.seq_len
     outside = parallel.tensor if parallel.sequence_parallel else 1
     if parallel.recompute == "full":
-        return tokens * config.d_model * ITEM_BYTES / outside
-    return tokens * (_outside_bytes(config) / outside + _inside_bytes(config, parallel, software))
+        return tokens * config.d_model * software.item_bytes / outside
+    between = _outside_bytes(config, software) / outside
+    return tokens * (between + _inside_bytes(config, parallel, software))
 
 
-def _outside_bytes(config: ModelConfig) -> int:
+def _outside_bytes(config: ModelConfig, software: Software) -> int:
     """Per token, what stands between the sharded layers: inputs of norms and layers, and masks."""
     masks = 2 * MASK_BYTES if config.dropout else 0
-    return config.d_model * (4 * ITEM_BYTES + masks)
+    return config.d_model * (4 * software.item_bytes + masks)
 
 
 def _inside_bytes(config: ModelConfig, parallel: ParallelConfig, software: Software) -> float:
     """Per token and rank, what the sharded layers keep."""
-    query, key = rank_heads(config, parallel.tensor)
-    kept = (2 * query + 2 * key) * config.d_head * ITEM_BYTES  # queries, keys, values, the average
+    size, (query, key) = software.item_bytes, rank_heads(config, parallel.tensor)
+    kept = (2 * query + 2 * key) * config.d_head * size  # queries, keys, values, the average
     # Gated: gate, up and their product; else what goes into the activation and what comes out.
-    kept += (3 if config.gated else 2) * config.d_ff / parallel.tensor * ITEM_BYTES
+    kept += (3 if config.gated else 2) * config.d_ff / parallel.tensor * size
     if software.attention == "fused":
         return kept + query * FLOAT32_BYTES  # log of the sum of each row's exponentials
     if parallel.recompute == "selective":
         return kept
-    scores = ITEM_BYTES + ((ITEM_BYTES + MASK_BYTES) if config.dropout else 0)
+    scores = size + ((size + MASK_BYTES) if config.dropout else 0)
     return kept + query * config.seq_len * scores
 
 
@@ -245,7 +243,7 @@ def rank_heads(config: ModelConfig, tensor: int) -> tuple[int, int]:
 
 
 def _end_bytes(
-    config: ModelConfig, parallel: ParallelConfig, stage: int, held: float
+    config: ModelConfig, parallel: ParallelConfig, item_bytes: int, stage: int, held: float
 ) -> dict[str, float]:
     """Activations of the tables before the first block and of the logits behind the last."""
     tokens = parallel.micro_batch_size * config.seq_len
@@ -255,7 +253,7 @@ def _end_bytes(
     if stage == 0 and config.dropout:
         kept += row * MASK_BYTES * held / outside
     if stage == parallel.pipeline - 1:
-        kept += 2 * row * ITEM_BYTES / outside  # inputs of the last norm and of the logits
+        kept += 2 * row * item_bytes / outside  # inputs of the last norm and of the logits
         width = padded_vocab_size(config.vocab_size, parallel.tensor) / parallel.tensor
         logits = tokens * width * FLOAT32_BYTES
     return {"activations": kept, "logits": logits}

@@ -24,7 +24,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
 @dataclass(frozen=True)
 class Kernels:
-    """Element-wise kernels that follow each other: bytes per element, and how many they are.
+    """Element-wise kernels that follow each other: bytes per element of 16 bits, how many they are.
 
     A backward pass reads the gradient and what was kept, writes a gradient, and sums the gradients
     of biases and gains.
@@ -78,15 +78,16 @@ class Clock:
     constants: Constants
 
     def product_s(self, m: int, k: int, n: int, count: int = 1) -> float:
-        """Return the seconds of products of an (m, k) and a (k, n) matrix of 16 bits.
+        """Return the seconds of products of an (m, k) and a (k, n) matrix.
 
         m, k, n  sizes
         count    products of these sizes in one kernel
         """
         gpu = self.cluster.gpu
         rate = gpu.best_flop_per_s * self.constants.matmul_efficiency
-        # Bytes 2 (m k + k n + m n) for 2 m k n FLOP: 1/n + 1/m + 1/k bytes per FLOP.
-        slowed = 1 + gpu.flop_per_byte * (1 / m + 1 / k + 1 / n)
+        # In 16 bits 2 (m k + k n + m n) bytes for 2 m k n FLOP: 1/n + 1/m + 1/k bytes per FLOP.
+        bytes_per_flop = self.software.item_bytes / 2 * (1 / m + 1 / k + 1 / n)
+        slowed = 1 + gpu.flop_per_byte * bytes_per_flop
         return 2 * count * m * k * n / rate * slowed
 
     def memory_s(self, num_bytes: float) -> float:
@@ -140,10 +141,10 @@ class Clock:
         kernels       which
         num_elements  on this rank
         """
-        launch = self.constants.kernel_s
-        forward = self.memory_s(kernels.forward_bytes * num_elements) + kernels.forward * launch
-        backward = self.memory_s(kernels.backward_bytes * num_elements) + kernels.backward * launch
-        return forward, backward
+        launch, wider = self.constants.kernel_s, self.software.item_bytes / 2
+        there_s = self.memory_s(wider * kernels.forward_bytes * num_elements)
+        back_s = self.memory_s(wider * kernels.backward_bytes * num_elements)
+        return there_s + kernels.forward * launch, back_s + kernels.backward * launch
 
 
 @lru_cache(maxsize=1024)

@@ -33,6 +33,8 @@ class Software:
     paired_messages   a stage sends to a neighbour and receives from it at once; else one after the
                       other
     gradient_bytes    2 or 4, per element of the sum of gradients
+    item_bytes        per element of weights and activations: 2, and masters of 32 bits besides, or
+                      4 throughout
 
     Raises InputError for a value that is none of these.
     """
@@ -45,16 +47,32 @@ class Software:
     split_messages: bool = True
     paired_messages: bool = True
     gradient_bytes: int = 4
+    item_bytes: int = 2
 
     def __post_init__(self):
         check_choice("attention", self.attention, ATTENTION)
-        asked = "gradient_bytes: 2 or 4"
-        given, change = f"gradient_bytes = {self.gradient_bytes!r}", "choose one of them"
-        require(self.gradient_bytes in (2, 4), asked, given, change)
+        for name in ("gradient_bytes", "item_bytes"):
+            given, change = f"{name} = {getattr(self, name)!r}", "choose one of them"
+            require(getattr(self, name) in (2, 4), f"{name}: 2 or 4", given, change)
         for name in FLAGS:
             value = getattr(self, name)
             asked, change = f"{name}, True or False", f"give {name}=True or {name}=False"
             require(isinstance(value, bool), asked, f"{name} = {value!r}", change)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes per parameter of AdamW's two moments, and of a master if weights have 16 bits."""
+        return 12 if self.item_bytes == 2 else 8
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes per parameter that an update reads and writes.
+
+        AdamW reads gradient, weight and moments and writes all but the gradient, 28 in 32 bits.
+        With masters the gradient is converted (6), measured (4) and scaled (8), and the weight in
+        16 bits is written from the master (6).
+        """
+        return 52 if self.item_bytes == 2 else 28
 
 
 FLAGS = (
@@ -79,6 +97,11 @@ SOFTWARE = {
     ),
     # PyTorch's own kernels and fully_shard, without a compiler.
     "torch-fsdp": Software(fused_kernels=False, fused_gradients=False, overlap_tensor=False),
+    # Programs of this book on a CPU: float32, nothing fused but attention, nothing overlaps.
+    "slimlab": Software(
+        fused_kernels=False, fused_gradients=False, overlap_tensor=False, overlap_data=False,
+        split_messages=False, paired_messages=False, item_bytes=4,
+    ),
     # Fused attention and every overlap above.
     "current": Software(),
 }  # fmt: skip

@@ -29,10 +29,6 @@ from slimlab.plan.rank_clock import Clock
 from slimlab.plan.software import Software
 from slimlab.plan.training_flop import training_step_flop
 
-# Bytes per parameter that the optimizer reads and writes: the gradient to 32 bits, its norm, AdamW
-# with masters and moments, the weight in 16 bits.
-OPTIMIZER_STEP_BYTES = 52
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -109,7 +105,7 @@ def step_time(
     software: Software | None = None,
     constants: Constants | None = None,
 ) -> StepTime:
-    """Predict the seconds of a training step in 16 bits with AdamW.
+    """Predict the seconds of a training step with AdamW.
 
     config      a decoder; its seq_len is that of the batch
     cluster     of which GPUs
@@ -182,7 +178,7 @@ def exchange_s(config: ModelConfig, clock: Clock) -> float:
     parallel, cluster = clock.parallel, clock.cluster
     if parallel.pipeline == 1:
         return 0.0
-    n_bytes = message_bytes(config, parallel)
+    n_bytes = message_bytes(config, parallel, clock.software)
     parts = clock.software.split_messages or parallel.sequence_parallel
     near = parallel.ranks_per_host("pipeline", cluster.gpus_per_host) == parallel.pipeline
     rate = cluster.host_bytes_per_s if near else cluster.network_bytes_per_s
@@ -241,4 +237,4 @@ def _optimizer_s(config: ModelConfig, clock: Clock) -> float:
     parallel = clock.parallel
     count = fullest_params(config, parallel)[1]
     shards = parallel.data if parallel.zero_stage else 1
-    return clock.memory_s(ceil(count / shards) * OPTIMIZER_STEP_BYTES)
+    return clock.memory_s(ceil(count / shards) * clock.software.update_bytes)
