@@ -17,36 +17,44 @@ as here, but sends gradients of a tied table nowhere: its users add them up. Bot
 of one size. Huang et al. 2019 (arXiv:1811.06965).
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimlab.comm.base import Communicator
-from slimlab.config import InputError, require
+from slimlab.config import check_choice, require
 from slimlab.model.transformer import Decoder
 from slimlab.parallel.data import LOSS_DIVISOR, DataParallel
 from slimlab.parallel.data_replicas import broadcast_model
+from slimlab.parallel.pipeline_checks import (
+    TABLE,
+    check_digests,
+    check_recompute,
+    check_stages,
+    cut_batch,
+    digest_of,
+    own_square,
+    parted_chunks,
+)
 from slimlab.parallel.pipeline_mail import Mail
-from slimlab.parallel.pipeline_passes import ChunkPass
+from slimlab.parallel.pipeline_passes import ChunkPass, OnlyReplica
+from slimlab.parallel.pipeline_record import HeldTensors, SlotClock, StepRecord, WallClock
 from slimlab.parallel.schedule_checks import check_schedule
 from slimlab.parallel.stages import Stage, stage_of
 from slimlab.parallel.tensor_checks import check_max_norm
-from slimlab.plan.data_parallel import shard_sizes
 from slimlab.plan.pipeline_schedule import (
     BACKWARD,
     FORWARD,
     INPUT_GRADIENT,
     WEIGHT_GRADIENT,
     Instruction,
+    Product,
     Schedule,
 )
-from slimlab.train.accumulate import Objective, map_tensors, split_batch
-
-TABLE = "embedding.tokens.weight"
-DIGEST_BITS = 52  # whole numbers that float64 has exactly
+from slimlab.plan.stage_times import StageTimes
+from slimlab.train.accumulate import Objective
 
 
 class Pipeline:
@@ -59,9 +67,11 @@ class Pipeline:
     layers     blocks of each virtual stage; None: as even as can be, see stages.balanced_layers
     broadcast  False: the ranks' models are known to be equal already
 
-    stage      this rank's module; make optimizers, or replicas, of it
-    schedule   as given
-    mail       the messages
+    stage        this rank's module; make optimizers, or replicas, of it
+    schedule     as given
+    peak_passes  most activations that were held in the last step, in units of one micro-batch in
+                 one chunk, counted
+    record       more about the last step, once watch() was called
 
     Communicates: what broadcast_model does, and one split if tables are tied over several ranks.
     Raises InputError, on every rank, before it communicates, if the schedule is for another number
@@ -77,24 +87,19 @@ class Pipeline:
         layers: Sequence[int] | None = None,
         broadcast: bool = True,
     ):
-        require(
-            schedule.num_stages == comm.world_size,
-            f"a schedule of {comm.world_size} stages, one for each rank",
-            f"{schedule.name} of {schedule.num_stages}",
-            f"make the schedule for {comm.world_size} stages, or start {schedule.num_stages} ranks",
-        )
+        check_stages(schedule, comm.world_size)
         check_schedule(schedule)
         stage = stage_of(model, schedule, comm.rank, layers)
-        self._splits = _split_chunks(schedule, comm.rank)
         check_recompute(schedule, stage.recompute)
         if broadcast:
             broadcast_model(model, comm)
         self.stage, self.comm, self.schedule = stage, comm, schedule
-        self.mail = Mail(comm, schedule)
+        self._mail = Mail(comm, schedule)
         self._tables = _table_group(stage, comm, schedule)
-        self._replica: DataParallel | _Alone = _Alone(stage)
+        self._parted = parted_chunks(schedule, comm.rank)
+        self._replica: DataParallel | OnlyReplica = OnlyReplica(stage)
         self._passes: dict[tuple[int, int], ChunkPass] = {}
-        self.peak_passes = 0
+        self.peak_passes, self.record = 0, None
 
     def join(self, replica: DataParallel) -> None:
         """Let the stage's gradients be those of several replicas of the pipeline.
@@ -120,6 +125,48 @@ class Pipeline:
         )
         self._replica = replica
 
+    def follow(self, schedule: Schedule) -> None:
+        """Execute another schedule from now on, such as one of more micro-batches.
+
+        schedule  which puts the virtual stages where they are; a record of steps is left behind
+
+        Raises InputError for one that puts them elsewhere, or cannot be run.
+        """
+        kept = ("num_stages", "num_chunks", "placement")
+        now, then = ([getattr(one, name) for name in kept] for one in (self.schedule, schedule))
+        require(
+            now == then,
+            f"a schedule of {now[0]} stages with {now[1]} chunks, placement {now[2]}",
+            f"{then[0]} stages with {then[1]} chunks, placement {then[2]}",
+            "make another pipeline of a whole model",
+        )
+        check_schedule(schedule)
+        check_recompute(schedule, self.stage.recompute)
+        self.schedule, self.record = schedule, None
+        self._mail = Mail(self.comm, schedule)
+        self._parted = parted_chunks(schedule, self.comm.rank)
+
+    def watch(self, clock: str | StageTimes = "wall", *, count_bytes: bool = False) -> StepRecord:
+        """Record every step from now on: when each stage computes what, and the bytes it keeps.
+
+        clock        "wall": the machine's, in seconds; or what each instruction is said to take, in
+                     slots, whatever it really takes
+        count_bytes  count what autograd keeps; steps become slower
+        returns      the record, also in the attribute record: its timeline() and peak_bytes
+
+        Communicates: with "wall" what align_clocks does; with slots, 8 bytes beside each message.
+        Raises InputError for times that do not fit the schedule.
+        """
+        if isinstance(clock, StageTimes):
+            own = SlotClock(clock, self.comm.rank, self.schedule)
+        else:
+            check_choice("clock", clock, ("wall",))
+            own = WallClock(self.comm)
+        held = HeldTensors(self.stage) if count_bytes else None
+        self.record = StepRecord(self.comm, self.schedule, own, held)
+        self._mail.stamp_with(own if own.stamps_messages else None)
+        return self.record
+
     def gradients(
         self, batch: object, objective: Objective, *, context: Callable = nullcontext
     ) -> tuple[Tensor, int]:
@@ -142,10 +189,13 @@ class Pipeline:
         self._begin_step()
         try:
             for number, instruction in enumerate(self.schedule.stages[self.comm.rank]):
-                self.mail.ask_ahead(number)
-                with context() if instruction.kind == FORWARD else nullcontext():
-                    self._execute(instruction, pieces, objective)
-            self.mail.finish()
+                self._mail.ask_ahead(number)
+                arrived = self._mail.take(self._incoming(instruction))
+                with self._computing(instruction):
+                    made = self._compute(instruction, arrived, pieces, objective, context)
+                if made is not None:
+                    self._mail.hand_on(*made)
+            self._mail.finish()
         except BaseException:
             self._passes = {}
             raise
@@ -182,155 +232,86 @@ class Pipeline:
         return total_norm
 
     def _begin_step(self) -> None:
-        self.mail.begin_step()
+        self._mail.begin_step()
+        if self.record is not None:
+            self.record.begin_step()
         self._passes, self.peak_passes = {}, 0
         self._loss_sum, self._num_tokens = torch.zeros((), dtype=torch.float64), 0
         self._replica.begin_passes()
 
-    def _execute(self, instruction: Instruction, pieces: list, objective: Objective) -> None:
+    def _incoming(self, instruction: Instruction) -> Product | None:
+        """Return the product of a neighbouring chunk that an instruction works on."""
         place = self.schedule.virtual_stage(self.comm.rank, instruction.chunk)
-        key = instruction.chunk, instruction.micro_batch
         if instruction.kind == FORWARD:
-            self._forward(place, *key, pieces, objective)
-            return
-        one = self._passes[key]
-        if instruction.kind == WEIGHT_GRADIENT:
-            one.weight_gradient(self._replica.add_pass)
+            return (FORWARD, place - 1, instruction.micro_batch) if place else None
+        last = place == self.schedule.num_virtual_stages - 1
+        if instruction.kind == WEIGHT_GRADIENT or last:
+            return None
+        return INPUT_GRADIENT, place + 1, instruction.micro_batch
+
+    def _computing(self, instruction: Instruction):
+        if self.record is None:
+            return nullcontext()
+        return self.record.computing(instruction, *self._mail.stamps)
+
+    def _compute(
+        self,
+        instruction: Instruction,
+        arrived: Tensor | None,
+        pieces: list,
+        objective: Objective,
+        context: Callable,
+    ) -> tuple[Product, Tensor] | None:
+        """Execute an instruction; returns what a neighbouring chunk needs of it."""
+        key = instruction.chunk, instruction.micro_batch
+        place = self.schedule.virtual_stage(self.comm.rank, instruction.chunk)
+        if instruction.kind == FORWARD:
+            made = self._forward(key, arrived, pieces[instruction.micro_batch], objective, context)
+        elif instruction.kind == BACKWARD:
+            made = self._passes.pop(key).backward(arrived, self._replica.add_pass)
+        elif instruction.kind == INPUT_GRADIENT:
+            made = self._passes[key].input_gradient(arrived)
+            self._note_held()
         else:
-            last = place == self.schedule.num_virtual_stages - 1
-            product = INPUT_GRADIENT, place + 1, instruction.micro_batch
-            grad = None if last else self.mail.take(product)
-            if instruction.kind == BACKWARD:
-                result = one.backward(grad, self._replica.add_pass)
-            else:
-                result = one.input_gradient(grad)
-            if place:
-                self.mail.hand_on((INPUT_GRADIENT, place, instruction.micro_batch), result)
-        if instruction.kind in (BACKWARD, WEIGHT_GRADIENT):
-            del self._passes[key]
+            made = self._passes.pop(key).weight_gradient(self._replica.add_pass)
+        kind = FORWARD if instruction.kind == FORWARD else INPUT_GRADIENT
+        return None if made is None else ((kind, place, instruction.micro_batch), made)
 
     def _forward(
-        self, place: int, chunk: int, number: int, pieces: list, objective: Objective
-    ) -> None:
-        hidden = self.mail.take((FORWARD, place - 1, number)) if place else None
-        one = ChunkPass(self.stage, chunk, hidden, chunk in self._splits)
-        self._passes[chunk, number] = one
+        self,
+        key: tuple[int, int],
+        hidden: Tensor | None,
+        piece: object,
+        objective: Objective,
+        context: Callable,
+    ) -> Tensor | None:
+        one = ChunkPass(self.stage, key[0], hidden, key[0] in self._parted)
+        self._passes[key] = one
         self.peak_passes = max(self.peak_passes, len(self._passes))
-        result = one.forward(objective, pieces[number], LOSS_DIVISOR)
-        if result is not None:
-            self.mail.hand_on((FORWARD, place, number), result)
-        else:
+        held = self.record.held if self.record is not None else None
+        with context(), held.counting(piece) if held is not None else nullcontext():
+            made = one.forward(objective, piece, LOSS_DIVISOR)
+        self._note_held()
+        if one.loss_sum is not None:
             self._loss_sum = self._loss_sum + one.loss_sum.double()
             self._num_tokens += int(one.num_tokens)
+        return made
+
+    def _note_held(self) -> None:
+        if self.record is not None:
+            self.record.note_held(sum(one.owed_bytes for one in self._passes.values()))
 
     def _finish_step(self, batch: object) -> tuple[Tensor, int]:
         report = torch.zeros(2 + self.comm.world_size, dtype=torch.float64)
         report[0], report[1] = self._loss_sum, self._num_tokens
-        report[2 + self.comm.rank] = _digest(batch)
+        report[2 + self.comm.rank] = digest_of(batch)
         report = self.comm.all_reduce(report.to(self.comm.device)).cpu()
-        _check_digests(report[2:].tolist())
+        check_digests(report[2:].tolist())
         if self._tables is not None:
-            table = self.stage.embedding.tokens.weight
+            table = self.stage.get_parameter(TABLE)
             if table.requires_grad:
                 self._tables.all_reduce(table.grad, out=table.grad)
         return self._replica.finish_passes(report[0], int(report[1]))
-
-
-class _Alone:
-    """The only replica of a stage: no gradients but its own."""
-
-    def __init__(self, stage: Stage):
-        self.params = [param for param in stage.parameters() if param.requires_grad]
-
-    def begin_passes(self) -> None:
-        for param in self.params:
-            param.grad = None
-
-    def add_pass(self, back_propagate: Callable[[], object]) -> None:
-        back_propagate()
-
-    def finish_passes(self, loss_sum: Tensor, num_tokens: int) -> tuple[Tensor, int]:
-        require(
-            num_tokens > 0,
-            "a batch with at least one target token",
-            "none",
-            "check what marks the positions that do not count",
-        )
-        grads = [param.grad for param in self.params if param.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, LOSS_DIVISOR / num_tokens)
-        return loss_sum / num_tokens, num_tokens
-
-
-def own_square(stage: Stage) -> Tensor:
-    """Add up the squares of a stage's gradients so that the ranks' sums are those of the model.
-
-    stage    whose gradients are there
-    returns  (1,) in float64: a tied table counts on the first stage, what is replicated over a
-             tensor group on its first rank, a copy of key heads by its share
-    """
-    done = getattr(stage, "tensor_parallel", None)
-    total = torch.zeros(1, dtype=torch.float64)
-    for name, param in stage.named_parameters():
-        elsewhere = stage.tied and name == TABLE and 0 not in stage.virtual_stages
-        if done is not None and done.cut_dims[name] is None and done.group.rank:
-            elsewhere = True
-        if param.grad is None or elsewhere:
-            continue
-        square = torch.linalg.vector_norm(param.grad, dtype=torch.float64).cpu() ** 2
-        total += square / (done.num_copies if done and name in done.copied else 1)
-    return total
-
-
-def cut_batch(batch: object, num_micro_batches: int) -> list:
-    """Cut a batch into so many micro-batches, of sizes that differ by one at most.
-
-    batch              as in slimlab.train.accumulate
-    num_micro_batches  m
-    returns            pieces of the same form
-
-    Raises InputError if there are fewer sequences than micro-batches.
-    """
-    sizes = []
-    map_tensors(
-        lambda tensor: sizes.append(len(tensor) if tensor.dim() else 0), split_batch(batch, None)[0]
-    )
-    require(
-        sizes[0] >= num_micro_batches,
-        f"at least one sequence for each of {num_micro_batches} micro-batches",
-        f"a batch of {sizes[0]}",
-        f"make the schedule for at most {sizes[0]} micro-batches, or give {num_micro_batches} "
-        "sequences",
-    )
-    shares = shard_sizes(sizes[0], num_micro_batches)
-    starts = [sum(shares[:number]) for number in range(num_micro_batches)]
-    return [
-        map_tensors(lambda tensor, at=at, size=size: tensor[at : at + size], batch)
-        for at, size in zip(starts, shares)
-    ]
-
-
-def check_recompute(schedule: Schedule, recompute: str) -> None:
-    """Refuse recomputation where the backward pass is parted.
-
-    schedule   what the stages do
-    recompute  as in Decoder
-
-    Raises InputError.
-    """
-    parted = any(_split_chunks(schedule, stage) for stage in range(schedule.num_stages))
-    require(
-        not parted or recompute == "none",
-        'recompute = "none" where input and weight gradients are computed apart',
-        f'recompute = "{recompute}" with the schedule {schedule.name}',
-        "recomputation would have to happen twice: take 1f1b or interleaved",
-    )
-
-
-def _split_chunks(schedule: Schedule, stage: int) -> frozenset[int]:
-    """Find the chunks of a stage whose backward pass comes in two parts, at least once."""
-    order = schedule.stages[stage]
-    return frozenset(one.chunk for one in order if one.kind == WEIGHT_GRADIENT)
 
 
 def _table_group(stage: Stage, comm: Communicator, schedule: Schedule) -> Communicator | None:
@@ -339,20 +320,3 @@ def _table_group(stage: Stage, comm: Communicator, schedule: Schedule) -> Commun
     if not stage.config.tie_embeddings or ends[0] == ends[1]:
         return None
     return comm.split(0 if comm.rank in ends else None, key=comm.rank)
-
-
-def _digest(batch: object) -> int:
-    """Return a number that stands for the contents of a batch."""
-    digest = hashlib.sha256()
-    map_tensors(lambda one: digest.update(one.cpu().contiguous().numpy().tobytes()), batch)
-    return int.from_bytes(digest.digest()[:8]) >> (64 - DIGEST_BITS)
-
-
-def _check_digests(found: list[float]) -> None:
-    odd = [str(rank) for rank, one in enumerate(found) if one != found[0]]
-    if odd:
-        raise InputError(
-            "the same batch on every stage of a pipeline",
-            f"another on stage {', '.join(odd)} than on stage 0",
-            "cut the data over the axis data alone. No weight was changed",
-        )

@@ -12,11 +12,13 @@ Production: Megatron-LM and torch fuse a send with the receive that follows it
 (batch_isend_irecv), as NCCL demands.
 """
 
+import torch
 from torch import Tensor
 
 from slimlab.comm.base import Communicator
 from slimlab.comm.calls import MAX_TAG, Handle
 from slimlab.config import require
+from slimlab.parallel.pipeline_record import SlotClock
 from slimlab.plan.pipeline_schedule import FORWARD, Product, Schedule
 
 AHEAD = 2  # instructions whose receives are started before they are reached
@@ -27,14 +29,18 @@ class Mail:
 
     comm      of the stages, in their order
     schedule  what each stage does
+
+    stamps    of the product that was taken last: when it was sent and when it arrived, by the
+              stages' clocks; None and None if it was no message, or messages are not stamped
     """
 
     def __init__(self, comm: Communicator, schedule: Schedule):
-        self.comm, self.schedule = comm, schedule
-        last = tag_of(schedule, (FORWARD, schedule.num_virtual_stages, 0))
+        self.comm, self.schedule, self._clock = comm, schedule, None
+        # Twice, since a stamp has a tag of its own.
+        self._num_tags = tag_of(schedule, (FORWARD, schedule.num_virtual_stages, 0))
         require(
-            last <= MAX_TAG,
-            f"at most {MAX_TAG // 2} products: virtual stages times micro-batches",
+            2 * self._num_tags <= MAX_TAG,
+            f"at most {MAX_TAG // 4} products: virtual stages times micro-batches",
             f"{schedule.num_virtual_stages} times {schedule.num_micro_batches}",
             "take larger micro-batches",
         )
@@ -47,7 +53,14 @@ class Mail:
         self._here: dict[Product, Tensor] = {}
         self._coming: dict[Product, tuple[int, Handle]] = {}
         self._leaving: list[tuple[int, int, Handle]] = []
-        self._asked = 0
+        self._asked, self.stamps = 0, (None, None)
+
+    def stamp_with(self, clock: SlotClock | None) -> None:
+        """Send the time beside every product; the same on every stage.
+
+        clock  this stage's; None: send no times
+        """
+        self._clock = clock
 
     def ask_ahead(self, number: int) -> None:
         """Start to receive what the next instructions need.
@@ -56,21 +69,25 @@ class Mail:
         """
         while self._asked < min(number + 1 + AHEAD, len(self._order)):
             for product in self.schedule.needs(self.comm.rank, self._order[self._asked]):
-                src = self.source_of(product)
-                if src is not None:
+                if self.schedule.receiver_of(product) == self.comm.rank:
+                    src = self.schedule.place_of(product[1])[0]
                     handle = self.comm.irecv(src, tag_of(self.schedule, product))
                     self._coming[product] = src, handle
             self._asked += 1
 
-    def take(self, product: Product) -> Tensor:
+    def take(self, product: Product | None) -> Tensor | None:
         """Return a product that was made before, here or elsewhere; wait until it is there.
 
-        product  that the instruction needs
+        product  that the instruction needs; None: it needs none
         """
-        if product in self._here:
-            return self._here.pop(product)
+        self.stamps = None, None
+        if product is None or product in self._here:
+            return self._here.pop(product, None)
         src, handle = self._coming.pop(product)
         tensor = handle.wait()
+        if self._clock is not None:
+            sent_s = self.comm.recv(src, self._num_tags + tag_of(self.schedule, product)).item()
+            self.stamps = sent_s, self._clock.arrival(product, sent_s)
         self._let_go(src, self._made_at[product])
         return tensor
 
@@ -84,22 +101,18 @@ class Mail:
         if dst is None:
             self._here[product] = tensor
             return
-        handle = self.comm.isend(tensor, dst, tag_of(self.schedule, product))
-        self._leaving.append((dst, self._used_at[product], handle))
+        tag, used_at = tag_of(self.schedule, product), self._used_at[product]
+        self._leaving.append((dst, used_at, self.comm.isend(tensor, dst, tag)))
+        if self._clock is not None:
+            stamp = torch.tensor([self._clock.now_s], dtype=torch.float64).to(self.comm.device)
+            handle = self.comm.isend(stamp, dst, self._num_tags + tag)
+            self._leaving.append((dst, used_at, handle))
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
         for _, _, handle in self._leaving:
             handle.wait()
         self._leaving = []
-
-    def source_of(self, product: Product) -> int | None:
-        """Return the stage that a product comes from; None: it is made here, or is no message.
-
-        product  that an instruction of this stage needs
-        """
-        away = self.schedule.receiver_of(product) == self.comm.rank
-        return self.schedule.place_of(product[1])[0] if away else None
 
     def _let_go(self, src: int, made_at: int) -> None:
         # What src used before it made this has arrived there: these waits return at once.

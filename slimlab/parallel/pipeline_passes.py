@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimlab.config import InputError, require
+from slimlab.parallel.data import LOSS_DIVISOR
 from slimlab.parallel.stages import Stage
 from slimlab.train.accumulate import Objective
 
@@ -149,9 +150,57 @@ class ChunkPass:
         if owed:
             back_propagate(lambda: _into_weights(owed))
 
+    @property
+    def owed_bytes(self) -> int:
+        """Bytes of the gradients that wait for weight_gradient, every storage once."""
+        storages = [grad.untyped_storage() for _, grad, _ in self._owed]
+        return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
     def _end_at(self, result: Tensor) -> None:
         # Without a gradient where all that went in is frozen.
         self._result = get_gradient_edge(result) if result.requires_grad else None
+
+
+class OnlyReplica:
+    """The only replica of a stage; it has of DataParallel what a pipeline calls.
+
+    stage  whose gradients these are
+    """
+
+    def __init__(self, stage: Stage):
+        self._params = [param for param in stage.parameters() if param.requires_grad]
+
+    def begin_passes(self) -> None:
+        """Forget all gradients."""
+        for param in self._params:
+            param.grad = None
+
+    def add_pass(self, back_propagate: Callable[[], object]) -> None:
+        """Add to the gradients.
+
+        back_propagate  does it
+        """
+        back_propagate()
+
+    def finish_passes(self, loss_sum: Tensor, num_tokens: int) -> tuple[Tensor, int]:
+        """Make each gradient that of the mean loss.
+
+        loss_sum    () of the whole batch
+        num_tokens  likewise
+        returns     () the mean loss, and num_tokens
+
+        Raises InputError if there is no token.
+        """
+        require(
+            num_tokens > 0,
+            "a batch with at least one target token",
+            "none",
+            "check what marks the positions that do not count",
+        )
+        grads = [param.grad for param in self._params if param.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, LOSS_DIVISOR / num_tokens)
+        return loss_sum / num_tokens, num_tokens
 
 
 class _Model:
