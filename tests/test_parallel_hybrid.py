@@ -19,6 +19,12 @@ LAYOUTS = {
         "data": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 1,
     },
     "tensor and sequence": {"tensor": 4, "sequence_parallel": True},
+    "data x pipeline": {"data": 2, "pipeline": 2},
+    "data x pipeline, ZeRO 1, GPipe": {
+        "data": 2, "pipeline": 2, "zero_stage": 1, "schedule": "gpipe",
+    },
+    "tensor x pipeline": {"tensor": 2, "pipeline": 2},
+    "tensor and sequence x pipeline": {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
 }  # fmt: skip
 
 
@@ -51,6 +57,8 @@ def clip_once(comm, parallel, choices):
         {"data": 2, "tensor": 2, "zero_stage": 1},
         {"data": 2, "tensor": 2, "sequence_parallel": True},
         {"tensor": 4, "zero_stage": 3},
+        {"pipeline": 2, "tensor": 2, "sequence_parallel": True},
+        {"data": 2, "pipeline": 2, "zero_stage": 1},
     ],
 )
 def test_clipping_counts_every_parameter_once(parallel, choices):

@@ -32,7 +32,14 @@ from slimlab.parallel.data import DataParallel, NotFiniteGradientsError
 from slimlab.parallel.data_replicas import broadcast_model
 from slimlab.parallel.hybrid_checks import RECOMPUTE, check_hybrid, share_bounds
 from slimlab.parallel.hybrid_gradients import all_gradients, check_all_finite, square_of_own
+from slimlab.parallel.hybrid_stages import (
+    from_owners,
+    owners_of,
+    schedule_for,
+    take_micro_batches,
+)
 from slimlab.parallel.mesh import Mesh, MeshShape
+from slimlab.parallel.pipeline import Pipeline
 from slimlab.parallel.tensor import tensor_parallel
 from slimlab.parallel.tensor_checks import check_max_norm
 from slimlab.parallel.tensor_loss import tensor_parallel_objective
@@ -40,9 +47,9 @@ from slimlab.parallel.tensor_state import gather_whole
 from slimlab.parallel.zero import Zero
 from slimlab.parallel.zero_shards import held_bytes
 from slimlab.plan.parallel_config import ParallelConfig
-from slimlab.train.accumulate import Objective, map_tensors
+from slimlab.train.accumulate import Objective, map_tensors, split_batch
 from slimlab.train.objectives import causal_objective
-from slimlab.train.optimizer import make_optimizer
+from slimlab.train.optimizer import make_optimizer, parameter_groups
 
 
 class Hybrid:
@@ -62,8 +69,11 @@ class Hybrid:
 
     mesh       the grid and its groups
     optimizer  of torch's form, over what this rank updates; a schedule sets its groups' lr
+    model      this rank's part: a decoder whose layers are cut, or a stage of it
     replica    DataParallel or Zero, over the axis data
-    names      of the whole model's parameters, in their order
+    pipeline   of slimlab.parallel.pipeline; None: the axis has one rank
+    names, shapes  of the whole model's parameters, in their order
+    groups     (names, whether weight decay shrinks them) as one process would group them
     num_steps  updates made
 
     Communicates: what Mesh, broadcast_model and tensor_parallel do.
@@ -91,19 +101,27 @@ class Hybrid:
         settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         settings |= {"momentum": momentum}
         make_optimizer(optimizer, model, **settings)  # refuses wrong settings first
+        self.groups = [
+            (group["param_names"], bool(group["weight_decay"]))
+            for group in parameter_groups(model, weight_decay=1.0)
+        ]
         self.comm, self.parallel = comm, parallel
         self._check_finite, self._seed = check_finite, seed
         shape = MeshShape(parallel.data, parallel.pipeline, parallel.tensor)
         self.mesh = Mesh(comm, shape, hosts=hosts)
         broadcast_model(model, comm)
-        self.names = [name for name, _ in model.named_parameters()]
-        self.model = tensor_parallel(
-            model,
-            self.mesh.group("tensor"),
-            sequence_parallel=parallel.sequence_parallel,
-            broadcast=False,
-        )
+        self.shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        self.names, tensor = list(self.shapes), self.mesh.group("tensor")
+        cut = {"sequence_parallel": parallel.sequence_parallel, "broadcast": False}
+        self.model = tensor_parallel(model, tensor, **cut)
         self.model.recompute = RECOMPUTE[parallel.recompute]
+        self.pipeline = None
+        if parallel.pipeline > 1:
+            schedule = schedule_for(parallel, num_micro_batches=1)
+            self.owners = owners_of(self.model, schedule)
+            group = self.mesh.group("pipeline")
+            self.pipeline = Pipeline(self.model, group, schedule, broadcast=False)
+            self.model = self.pipeline.stage
         data, choices = self.mesh.group("data"), {"check_finite": check_finite, "broadcast": False}
         if parallel.zero_stage:
             stage = parallel.zero_stage
@@ -113,6 +131,8 @@ class Hybrid:
         else:
             self.replica = DataParallel(self.model, data, **choices)
             self.optimizer = make_optimizer(optimizer, self.model, **settings)
+        if self.pipeline is not None:
+            self.pipeline.join(self.replica)
         self.num_steps, self._has_gradients = 0, False
 
     @property
@@ -159,10 +179,15 @@ class Hybrid:
         )
         self._has_gradients, size = False, self.parallel.micro_batch_size
         self._seed_dropout()
-        step = partial(self.replica.gradients, context=context)
         # Ranks of other data groups have finite gradients, perhaps, and must hear of it too.
         with suppress(NotFiniteGradientsError) if self._check_finite else nullcontext():
-            result = step(batch, tensor_parallel_objective, size)
+            if self.pipeline is None:
+                step = partial(self.replica.gradients, micro_batch_size=size)
+            else:
+                count = len(split_batch(batch, size))
+                take_micro_batches(self.pipeline, self.parallel, count)
+                step = self.pipeline.gradients
+            result = step(batch, tensor_parallel_objective, context=context)
         if self._check_finite:
             check_all_finite(self.mesh, self.names, self.replica.buckets.bad_name)
         self._has_gradients = True
@@ -196,6 +221,10 @@ class Hybrid:
         self._need_gradients("step")
         (self.replica if self.parallel.zero_stage else self.optimizer).step()
         self.num_steps += 1
+        self._has_gradients = False
+
+    def forget_gradients(self) -> None:
+        """Let the next step need gradients of its own, since weights were changed from outside."""
         self._has_gradients = False
 
     def full_gradients(self) -> dict[str, Tensor]:
@@ -238,7 +267,10 @@ class Hybrid:
         return found | dict.fromkeys(none, 0)
 
     def _whole(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        return gather_whole(self.model, named)
+        whole = gather_whole(self.model, named)
+        if self.pipeline is None:
+            return whole
+        return from_owners(self.mesh, self.owners, self.shapes, whole)
 
     def _seed_dropout(self) -> None:
         # Nothing needs to be kept to go on with the same numbers in the same layout.

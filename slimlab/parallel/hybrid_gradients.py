@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slimlab.parallel.data import DataParallel, NotFiniteGradientsError
 from slimlab.parallel.mesh import AXES, Mesh
+from slimlab.parallel.pipeline import TABLE
 from slimlab.parallel.zero import Zero
 
 MOST_NAMED = 8
@@ -43,7 +44,7 @@ def share_of_parameter(model: nn.Module, name: str, mesh: Mesh) -> float:
     """
     done, shape = model.tensor_parallel, mesh.shape
     stage = mesh.coordinates[AXES.index("pipeline")]
-    if shape.pipeline > 1 and stage > 0 and name == "embedding.tokens.weight" and model.tied:
+    if shape.pipeline > 1 and stage > 0 and name == TABLE:
         return 0.0  # of the two copies of a tied table the first stage's counts
     if done.cut_dims[name] is None:
         return float(done.group.rank == 0)

@@ -83,7 +83,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     parts = {}
     for name, tensor in own.items():
         if id(tensor) in names:  # a tied table has two names here
-            parts[name] = _part_of(model, names[id(tensor)], state[name])
+            parts[name] = part_of(model, names[id(tensor)], state[name])
         else:
             parts[name] = state[name]
     for name, tensor in own.items():
@@ -136,7 +136,7 @@ def load_optimizer(
     )
     parts = {
         param: {
-            key: (_part_of(model, name, one) if one.dim() else one).clone()
+            key: (part_of(model, name, one) if one.dim() else one).clone()
             for key, one in state[name].items()
         }
         for name, param in params.items()
@@ -145,8 +145,15 @@ def load_optimizer(
         optimizer.state[param] = held
 
 
-def _part_of(model: nn.Module, name: str, whole: Tensor) -> Tensor:
-    """Return a view of this rank's part of a whole tensor of a parameter's shape."""
+def part_of(model: nn.Module, name: str, whole: Tensor) -> Tensor:
+    """Return a view of this rank's part of a whole tensor.
+
+    model  that tensor_parallel has cut
+    name   of a parameter
+    whole  its value in the whole model, or a tensor of that shape
+
+    Raises InputError for another shape.
+    """
     done, own = model.tensor_parallel, model.get_parameter(name)
     dim, shape = done.cut_dims[name], list(own.shape)
     copies = done.num_copies if name in done.copied else 1

@@ -8,7 +8,7 @@
 All ranks write into a folder with a temporary name, which must be the same folder for all; when all
 are done rank 0 writes state.json and renames it. Whatever stops them before, the last checkpoint
 stays good. What it holds can be loaded by other numbers of ranks, in another stage, and in one
-process; Zero loads checkpoints of one process too (slimlab.train.checkpoint). Chapter 09 uses it.
+process; Zero loads checkpoints of one process too (slimlab.train.checkpoint). Chapter 08 uses it.
 
 Production writes while training goes on, and each rank its own list of digests; here rank 0 reads
 all files once more for their SHA-256.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from slimlab.comm.base import Communicator
 from slimlab.config import check_number, check_size, require
 from slimlab.model.tensor_files import check_state, fill, state_of, sync, write_tensors
-from slimlab.parallel.together import tell, with_all
+from slimlab.parallel.together import with_all
 from slimlab.parallel.zero_shards import FlatParameter
 from slimlab.parallel.zero_source import (
     FORMAT,
@@ -34,6 +34,7 @@ from slimlab.parallel.zero_source import (
     WEIGHTS,
     Source,
     find_source,
+    find_together,
     is_whole,
     shard_name,
 )
@@ -108,7 +109,7 @@ def _finish(rank: int, temporary: Path, target: Path, state: dict, keep: int) ->
 
 
 def _my_tensors(zero: Sharded) -> dict[str, Tensor]:
-    tensors, kinds = {}, _kinds(zero) if zero.num_steps else []
+    tensors, kinds = {}, kept_kinds(zero.optimizer) if zero.num_steps else []
     for number, flat in enumerate(zero.rows):
         tensors[f"{WEIGHTS}/{number}"] = flat.shard
         for kind in kinds if flat.trained else ():
@@ -152,14 +153,17 @@ def _state_of(zero: Sharded, step: int, extra: dict) -> dict:
         "tensors": tensors,
         "shard_sizes": [flat.shard_size for flat in zero.rows],
         "num_steps": zero.num_steps,
-        "kinds": _kinds(zero) if zero.num_steps else [],
+        "kinds": kept_kinds(zero.optimizer) if zero.num_steps else [],
         "groups": groups,
     }
 
 
-def _kinds(zero: Sharded) -> list[str]:
-    """Name what the optimizer keeps for each element."""
-    settings = zero.optimizer.param_groups[0]
+def kept_kinds(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Name what an optimizer keeps for each element.
+
+    optimizer  of slimlab.train.optimizer.make_optimizer
+    """
+    settings = optimizer.param_groups[0]
     if "betas" in settings:
         return ["exp_avg", "exp_avg_sq"]
     return ["momentum_buffer"] if settings["momentum"] else []
@@ -195,15 +199,10 @@ def load_shards(zero: Sharded, path: str | os.PathLike, say: Callable[[str], Non
 
     Communicates, raises: as slimlab.parallel.zero.Zero.load says.
     """
-    path, comm = Path(path), zero.comm
-    found = with_all(comm, _find, comm.rank, path, say)
-    source = with_all(comm, _open_for, zero, path / tell(comm, found))
-    with_all(comm, _read_into, zero, source)
+    found = find_together(zero.comm, Path(path), say)
+    source = with_all(zero.comm, _open_for, zero, found)
+    with_all(zero.comm, fill_shards, zero, source)
     return source
-
-
-def _find(rank: int, path: Path, say: Callable[[str], None]) -> str:
-    return "" if rank else str(find_source(path, say).relative_to(path))
 
 
 def _open_for(zero: Sharded, path: Path) -> Source:
@@ -217,7 +216,7 @@ def _open_for(zero: Sharded, path: Path) -> Source:
             f"{path}: {sum(map(len, given))} in {len(given)} groups, or others, or another order",
             "freeze the same parameters, and give decay_embeddings as in the run that saved",
         )
-        kinds = _kinds(zero)
+        kinds = kept_kinds(zero.optimizer)
         require(
             source.kinds in ([], kinds),
             f"a state of {', '.join(kinds) or 'an optimizer without a memory'}",
@@ -228,7 +227,12 @@ def _open_for(zero: Sharded, path: Path) -> Source:
 
 
 @torch.no_grad()
-def _read_into(zero: Sharded, source: Source) -> None:
+def fill_shards(zero: Sharded, source: Source) -> None:
+    """Read weights and the optimizer's state into shards.
+
+    zero    changed in place; in stages 1 and 2 other ranks' parts of its rows are old afterwards
+    source  of the same parameters
+    """
     has_optimizer = source.groups is not None
     for flat in zero.rows:
         source.read_shard(WEIGHTS, flat, flat.shard)

@@ -1,6 +1,6 @@
 """Reading of checkpoints in pieces: any part of any tensor, from shards or from a plain checkpoint.
 
-Chapter 09 uses it through slimlab.parallel.zero_checkpoint. A rank that loads asks for the parts of
+Chapter 08 uses it through slimlab.parallel.zero_checkpoint. A rank that loads asks for the parts of
 each parameter that lie in its own shard, wherever they were when they were saved; so the number of
 ranks, the stage and the order in the rows may have changed, and no rank reads the whole model.
 
@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from slimlab.comm.base import Communicator
 from slimlab.config import InputError, require
+from slimlab.parallel.together import tell, with_all
 from slimlab.parallel.zero_shards import FlatParameter
 from slimlab.train.checkpoint_folder import (
     checkpoints_in,
@@ -117,6 +119,14 @@ class Source:
         shape = self.shapes[name].shape
         return self.read(kind, name, 0, shape.numel()).view(shape)
 
+    def tensors_of(self, file_name: str) -> dict[str, Tensor]:
+        """Read all tensors of one file.
+
+        file_name  in the folder
+        """
+        file = self._file(file_name)
+        return {name: file.get_tensor(name).clone() for name in self._names(file_name)}
+
     def _count_steps(self) -> int:
         if self.is_sharded:
             return self.state["num_steps"]
@@ -170,6 +180,21 @@ def find_source(path: Path, say: Callable[[str], None]) -> Path:
         if problem:
             say(f"skipped the damaged checkpoint {one}: {problem}")
     return find_checkpoint(path, say)
+
+
+def find_together(comm: Communicator, path: Path, say: Callable[[str], None]) -> Path:
+    """Find the same checkpoint on all ranks, as find_source does.
+
+    comm       of the ranks that load it
+    path, say  as there; rank 0 looks
+
+    Communicates: one all_gather and one broadcast of a text.
+    """
+    return path / tell(comm, with_all(comm, _find, comm.rank, path, say))
+
+
+def _find(rank: int, path: Path, say: Callable[[str], None]) -> str:
+    return "" if rank else str(find_source(path, say).relative_to(path))
 
 
 def is_whole(path: Path) -> bool:

@@ -98,29 +98,45 @@ def save_checkpoint(
     Raises InputError if a whole checkpoint of this step is there already, and if writing fails (a
     full disk, no permission); it then names the last good checkpoint, which is untouched.
     """
+    tensors = {"model": state_of(model), "random": random_state or {}}
+    state = {"data_position": step if data_position is None else data_position}
+    state["extra"] = extra or {}
+    if optimizer is not None:
+        tensors["optimizer"], state["optimizer"] = optimizer_state(optimizer, model)
+    return write_checkpoint(folder, step, tensors, state, config or {}, keep)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    config: dict,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint of tensors that are at hand, as save_checkpoint does.
+
+    folder, step, config, keep  as there
+    tensors  "model", "random" and, if it is kept, "optimizer": each of them names and tensors
+    state    data_position, extra and, if it is kept, "optimizer": the rest of optimizer_state
+    returns  the path of the checkpoint
+
+    Raises InputError as save_checkpoint does.
+    """
     check_size("keep", keep)
     check_number("step", step, int, 0, 10**12)
     folder = Path(folder)
     target = folder / f"step_{step:08d}"
     temporary = folder / f".step_{step:08d}.{os.getpid()}.tmp"
-    tensors = {"model": state_of(model), "random": random_state or {}}
-    state = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "data_position": step if data_position is None else data_position,
-        "extra": extra or {},
-        "versions": {"slimlab": __version__, "torch": torch.__version__}
-        | {"python": platform.python_version()},
-    }
-    if optimizer is not None:
-        tensors["optimizer"], state["optimizer"] = optimizer_state(optimizer, model)
+    versions = {"slimlab": __version__, "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    state = {"format": FORMAT, "version": VERSION, "step": step, **state, "versions": versions}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         _make_room(target)
         temporary.mkdir()
-        _write_files(temporary, tensors, state, {"format": FORMAT, **_plain(config or {})})
+        _write_files(temporary, tensors, state, {"format": FORMAT, **_plain(config)})
         os.rename(temporary, target)
         sync(folder)
     except OSError as error:
