@@ -32,17 +32,19 @@ from slimlab.parallel.pipeline_checks import (
     TABLE,
     check_digests,
     check_recompute,
+    check_replica,
+    check_same_places,
     check_stages,
     cut_batch,
     digest_of,
     own_square,
     parted_chunks,
 )
-from slimlab.parallel.pipeline_mail import Mail
+from slimlab.parallel.pipeline_mail import Mail, table_group
 from slimlab.parallel.pipeline_passes import ChunkPass, OnlyReplica
 from slimlab.parallel.pipeline_record import HeldTensors, SlotClock, StepRecord, WallClock
 from slimlab.parallel.schedule_checks import check_schedule
-from slimlab.parallel.stages import Stage, stage_of
+from slimlab.parallel.stages import stage_of
 from slimlab.parallel.tensor_checks import check_max_norm
 from slimlab.plan.pipeline_schedule import (
     BACKWARD,
@@ -95,7 +97,7 @@ class Pipeline:
             broadcast_model(model, comm)
         self.stage, self.comm, self.schedule = stage, comm, schedule
         self._mail = Mail(comm, schedule)
-        self._tables = _table_group(stage, comm, schedule)
+        self._tables = table_group(stage, comm, schedule)
         self._parted = parted_chunks(schedule, comm.rank)
         self._replica: DataParallel | OnlyReplica = OnlyReplica(stage)
         self._passes: dict[tuple[int, int], ChunkPass] = {}
@@ -110,19 +112,7 @@ class Pipeline:
         Raises InputError for another module, and stages 2 and 3 of ZeRO, which would send the
         gradients of every micro-batch.
         """
-        require(
-            replica.model is self.stage,
-            "a replica of this pipeline's stage",
-            f"one of a {type(replica.model).__name__}",
-            "make it with DataParallel(pipeline.stage, mesh.group('data'))",
-        )
-        zero = getattr(replica, "stage", 0)
-        require(
-            zero <= 1,
-            "gradients that stay whole until a step ends: DataParallel, or Zero with stage=1",
-            f"stage = {zero}",
-            "take stage=1",
-        )
+        check_replica(replica, self.stage)
         self._replica = replica
 
     def follow(self, schedule: Schedule) -> None:
@@ -132,14 +122,7 @@ class Pipeline:
 
         Raises InputError for one that puts them elsewhere, or cannot be run.
         """
-        kept = ("num_stages", "num_chunks", "placement")
-        now, then = ([getattr(one, name) for name in kept] for one in (self.schedule, schedule))
-        require(
-            now == then,
-            f"a schedule of {now[0]} stages with {now[1]} chunks, placement {now[2]}",
-            f"{then[0]} stages with {then[1]} chunks, placement {then[2]}",
-            "make another pipeline of a whole model",
-        )
+        check_same_places(schedule, self.schedule)
         check_schedule(schedule)
         check_recompute(schedule, self.stage.recompute)
         self.schedule, self.record = schedule, None
@@ -312,11 +295,3 @@ class Pipeline:
             if table.requires_grad:
                 self._tables.all_reduce(table.grad, out=table.grad)
         return self._replica.finish_passes(report[0], int(report[1]))
-
-
-def _table_group(stage: Stage, comm: Communicator, schedule: Schedule) -> Communicator | None:
-    """Return the group of the two ranks that hold a tied table; None: there are no two."""
-    ends = schedule.place_of(0)[0], schedule.place_of(schedule.num_virtual_stages - 1)[0]
-    if not stage.config.tie_embeddings or ends[0] == ends[1]:
-        return None
-    return comm.split(0 if comm.rank in ends else None, key=comm.rank)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slimlab.config import InputError, require
+from slimlab.parallel.data import DataParallel
 from slimlab.parallel.stages import Stage
 from slimlab.plan.data_parallel import shard_sizes
 from slimlab.plan.pipeline_schedule import WEIGHT_GRADIENT, Schedule
@@ -53,6 +54,47 @@ def check_recompute(schedule: Schedule, recompute: str) -> None:
         f'recompute = "{recompute}" with the schedule {schedule.name}',
         "recomputation would have to happen twice: take 1f1b or interleaved",
     )
+
+
+def check_replica(replica: DataParallel, stage: Stage) -> None:
+    """Refuse what cannot add up the gradients of a stage over replicas of the pipeline.
+
+    replica  DataParallel or Zero
+    stage    whose gradients they are to be
+
+    Raises InputError.
+    """
+        require(
+            replica.model is stage,
+            "a replica of this pipeline's stage",
+            f"one of a {type(replica.model).__name__}",
+            "make it with DataParallel(pipeline.stage, mesh.group('data'))",
+        )
+        zero = getattr(replica, "stage", 0)
+        require(
+            zero <= 1,
+            "gradients that stay whole until a step ends: DataParallel, or Zero with stage=1",
+            f"stage = {zero}",
+            "take stage=1",
+        )
+
+
+def check_same_places(schedule: Schedule, before: Schedule) -> None:
+    """Refuse a schedule that puts virtual stages elsewhere than they are.
+
+    schedule  to follow from now on
+    before    that the stages were cut for
+
+    Raises InputError.
+    """
+        kept = ("num_stages", "num_chunks", "placement")
+        now, then = ([getattr(one, name) for name in kept] for one in (before, schedule))
+        require(
+            now == then,
+            f"a schedule of {now[0]} stages with {now[1]} chunks, placement {now[2]}",
+            f"{then[0]} stages with {then[1]} chunks, placement {then[2]}",
+            "make another pipeline of a whole model",
+        )
 
 
 def parted_chunks(schedule: Schedule, stage: int) -> frozenset[int]:

@@ -19,6 +19,7 @@ from slimlab.comm.base import Communicator
 from slimlab.comm.calls import MAX_TAG, Handle
 from slimlab.config import require
 from slimlab.parallel.pipeline_record import SlotClock
+from slimlab.parallel.stages import Stage
 from slimlab.plan.pipeline_schedule import FORWARD, Product, Schedule
 
 AHEAD = 2  # instructions whose receives are started before they are reached
@@ -145,3 +146,18 @@ def _places(schedule: Schedule) -> tuple[dict[Product, int], dict[Product, int]]
                 if schedule.receiver_of(product) == stage:
                     used_at[product] = number
     return made_at, used_at
+
+
+def table_group(stage: Stage, comm: Communicator, schedule: Schedule) -> Communicator | None:
+    """Return the group of the two ranks that hold a tied table; None: there are no two.
+
+    stage     of this rank
+    comm      of the stages
+    schedule  says where the first and the last virtual stage are
+
+    Communicates: one split if there are two.
+    """
+    ends = schedule.place_of(0)[0], schedule.place_of(schedule.num_virtual_stages - 1)[0]
+    if not stage.config.tie_embeddings or ends[0] == ends[1]:
+        return None
+    return comm.split(0 if comm.rank in ends else None, key=comm.rank)
