@@ -1,6 +1,6 @@
 """What succeeds on all ranks or fails on all: reading and writing files, checks of what they hold.
 
-Chapter 09 uses it for sharded checkpoints. A rank that meets a full disk, and raises, leaves the
+Chapter 08 uses it for sharded checkpoints. A rank that meets a full disk, and raises, leaves the
 others waiting in the next call. So each tells the others first whether it can go on, and all raise
 the same message, with the number of the rank that met it.
 

@@ -1,6 +1,6 @@
 """ZeRO: what data parallelism keeps on every rank is cut into shards, one for each rank.
 
-Chapter 09 explains it. Ranks work on their own parts of a batch, as in data parallelism, and come
+Chapter 08 explains it. Ranks work on their own parts of a batch, as in data parallelism, and come
 to the same weights; but each updates only its shard of them, so that only it needs the optimizer's
 state of that shard (stage 1), its gradients (stage 2), and, between uses, its weights (stage 3).
 

@@ -1,6 +1,6 @@
 """Gradients of flat parameters: each unit's row is summed over the ranks when it is complete.
 
-Chapter 09 uses it for ZeRO. It has the methods of slimlab.parallel.data_buckets.GradientBuckets, so
+Chapter 08 uses it for ZeRO. It has the methods of slimlab.parallel.data_buckets.GradientBuckets, so
 that slimlab.parallel.data.DataParallel's way through a step serves both; but of the sum a rank
 keeps its shard alone. In stage 1 ranks keep their own whole rows too, add up the gradients of
 micro-batches there, and send once per step; in stages 2 and 3 a row lives from the first gradient

@@ -1,12 +1,12 @@
 """Flat shards: the parameters of a unit in one row, cut into one equal part for each rank.
 
-Chapter 09 uses them for ZeRO. The row holds first the parameters that weight decay shrinks, then
+Chapter 08 uses them for ZeRO. The row holds first the parameters that weight decay shrinks, then
 the others, then as many zeros as make its length a multiple of the number of ranks. A rank's shard
 is its part of the row: it begins and ends anywhere, in the middle of a matrix too, so the shards
 are equal to the element whatever the shapes are. AdamW works on each element alone and does not
 mind.
 
-A row of zeros may exist without memory: its storage is resized to 0 bytes and back, while the
+A whole row may exist without memory: its storage is resized to 0 bytes and back, while the
 parameters, and what autograd has kept of them, go on being views of it. A tensor whose numpy() was
 called has a storage that cannot be resized any more.
 

@@ -1,6 +1,6 @@
 """Stage 3 of ZeRO: the whole weights of a unit exist only while it computes.
 
-Chapter 09 uses it. Before a unit computes, forward or backward, its row is gathered from the
+Chapter 08 uses it. Before a unit computes, forward or backward, its row is gathered from the
 shards, and the next unit's is asked for; all others are freed, but for one that is tied to a later
 unit and would only come back. The last unit stays from its forward to its backward pass, since that
 is where the backward pass begins.

@@ -1,6 +1,6 @@
 """Units: the pieces of a model whose weights are gathered, and whose gradients are sent, together.
 
-Chapter 09 uses them for ZeRO. The units of this book's models are the embedding, each block, and
+Chapter 08 uses them for ZeRO. The units of this book's models are the embedding, each block, and
 the head, which is all that stands behind the last block. A parameter belongs to the first unit that
 has it; a later one that has it too, as the head has the table of the tokens, needs both units.
 

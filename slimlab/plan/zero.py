@@ -1,6 +1,6 @@
 """What ZeRO keeps on each rank and what it sends: the paper's formulas, and the bytes to the last.
 
-Chapter 09 predicts with it, and compares with what the ranks hold and what their ledgers counted.
+Chapter 08 predicts with it, and compares with what the ranks hold and what their ledgers counted.
 The formulas of the paper divide by the number of ranks; the rows that are really cut have a length
 that the ranks divide, so each is longer by a few zeros, and an optimizer keeps a count per tensor.
 GB is 1e9 bytes.

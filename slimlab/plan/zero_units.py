@@ -1,7 +1,7 @@
 """The units that ZeRO cuts a model into, from its configuration: which there are, and how large.
 
 slimlab.plan.zero predicts with them; slimlab.parallel.zero_units finds the same in a model. Chapter
-09 uses both. In production the program names the units (fully_shard), or they are what comes
+08 uses both. In production the program names the units (fully_shard), or they are what comes
 together to a given number of parameters.
 """
 
