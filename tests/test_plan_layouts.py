@@ -351,6 +351,10 @@ def test_a_model_that_fits_no_layout_is_told_how_many_gpus_would_do():
         plan_layouts(GPT_175B, A100, 64, 5, choices=Choices(tensor=(1,), data=(2,)))
     with pytest.raises(InputError, match="num_gpus"):
         plan_layouts(GPT_175B, A100, 0, 1536)
+    with pytest.raises(InputError, match="a decoder"):
+        plan_layouts(replace(SMALL, kind="encoder"), A100, 8, 8)
+    with pytest.raises(InputError, match="a ModelConfig"):
+        plan_layouts("gpt3-175b", A100, 8, 8)
 
 
 @pytest.mark.parametrize("name", MODELS)

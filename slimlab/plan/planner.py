@@ -15,7 +15,7 @@ from slimlab.config import InputError, ModelConfig, check_size
 from slimlab.plan.hardware import Cluster, Constants
 from slimlab.plan.layout_memory import rank_bytes
 from slimlab.plan.layout_search import Choices, Refused, Search
-from slimlab.plan.parallel_config import ParallelConfig
+from slimlab.plan.parallel_config import ParallelConfig, check_parallel
 from slimlab.plan.software import Software
 from slimlab.plan.step_time import StepTime, step_time
 
@@ -84,6 +84,7 @@ def plan_layouts(
     how many GPUs would do.
     """
     software, constants = software or Software(), constants or Constants()
+    check_parallel(config, ParallelConfig(), 1)  # a decoder
     check_size("num_gpus", num_gpus)
     check_size("batch_size", batch_size)
     search = Search(config, cluster, num_gpus, batch_size, software, choices or Choices())
