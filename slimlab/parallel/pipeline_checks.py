@@ -64,19 +64,19 @@ def check_replica(replica: DataParallel, stage: Stage) -> None:
 
     Raises InputError.
     """
-        require(
-            replica.model is stage,
-            "a replica of this pipeline's stage",
-            f"one of a {type(replica.model).__name__}",
-            "make it with DataParallel(pipeline.stage, mesh.group('data'))",
-        )
-        zero = getattr(replica, "stage", 0)
-        require(
-            zero <= 1,
-            "gradients that stay whole until a step ends: DataParallel, or Zero with stage=1",
-            f"stage = {zero}",
-            "take stage=1",
-        )
+    require(
+        replica.model is stage,
+        "a replica of this pipeline's stage",
+        f"one of a {type(replica.model).__name__}",
+        "make it with DataParallel(pipeline.stage, mesh.group('data'))",
+    )
+    zero = getattr(replica, "stage", 0)
+    require(
+        zero <= 1,
+        "gradients that stay whole until a step ends: DataParallel, or Zero with stage=1",
+        f"stage = {zero}",
+        "take stage=1",
+    )
 
 
 def check_same_places(schedule: Schedule, before: Schedule) -> None:
@@ -87,14 +87,14 @@ def check_same_places(schedule: Schedule, before: Schedule) -> None:
 
     Raises InputError.
     """
-        kept = ("num_stages", "num_chunks", "placement")
-        now, then = ([getattr(one, name) for name in kept] for one in (before, schedule))
-        require(
-            now == then,
-            f"a schedule of {now[0]} stages with {now[1]} chunks, placement {now[2]}",
-            f"{then[0]} stages with {then[1]} chunks, placement {then[2]}",
-            "make another pipeline of a whole model",
-        )
+    kept = ("num_stages", "num_chunks", "placement")
+    now, then = ([getattr(one, name) for name in kept] for one in (before, schedule))
+    require(
+        now == then,
+        f"a schedule of {now[0]} stages with {now[1]} chunks, placement {now[2]}",
+        f"{then[0]} stages with {then[1]} chunks, placement {then[2]}",
+        "make another pipeline of a whole model",
+    )
 
 
 def parted_chunks(schedule: Schedule, stage: int) -> frozenset[int]:
