@@ -184,6 +184,12 @@ CLUSTERS = {
     "h200-141gb": Cluster(H200, 8, 450e9, 50e9, "NVIDIA DGX H200 data sheet"),
     "b200-180gb": Cluster(B200, 8, 900e9, 50e9, "NVIDIA DGX B200 data sheet"),
     # A pod is the host: its chips reach each other by the torus, here over the two links of one
-    # axis; pods talk over the data centre's network.
-    "tpu-v4": Cluster(TPU_V4, 4096, 100e9, 3e9, f"{TPU}: 6 links of 50 GB/s"),
+    # axis; pods talk over the data centre's network, which gave 6144 chips 81 Tbit/s.
+    "tpu-v4": Cluster(
+        TPU_V4,
+        4096,
+        100e9,
+        1.65e9,
+        f"{TPU}: 6 links of 50 GB/s; Chowdhery et al. 2022 (arXiv:2204.02311), section 4",
+    ),  # fmt: skip
 }
