@@ -69,15 +69,15 @@ def train(
     before that step), if the folder holds another run or is in use, and if saving fails.
     """
     run = Run(model, data, config, objective, notes)
-    held_out = _held_out(held_out, run.model)
+    held_out = held_out_data(held_out, run.model)
     folder = Path(run_folder) if run_folder is not None else None
     with ExitStack() as stack:
-        stack.enter_context(_mode(run, config))
+        stack.enter_context(training_mode(run, config))
         torch.manual_seed(config.seed)
         if folder is not None:
             stack.enter_context(only_writer(folder))
             _begin_or_go_on(run, folder, resume, say, new_settings)
-        report = stack.enter_context(_Report(run, folder, show, watch))
+        report = stack.enter_context(Report(run, folder, show, watch))
         stop = stack.enter_context(StopSignals(enabled=folder is not None))
         try:
             _repeat(run, held_out, folder, stop, report)
@@ -89,22 +89,30 @@ def train(
 
 
 def _repeat(
-    run: Run, held_out: object, folder: Path | None, stop: StopSignals, report: "_Report"
+    run: Run, held_out: object, folder: Path | None, stop: StopSignals, report: "Report"
 ) -> None:
     config = run.config
     while run.step < config.num_steps and stop.received is None:
         record = run.update()
-        if held_out is not None and _is_due(run.step, config.validate_every, config):
+        if held_out is not None and is_due(run.step, config.validate_every, config):
             record["validation_loss"] = _validate(run, held_out)
         report.note(record)
-        due = _is_due(run.step, config.save_every, config) or stop.received is not None
+        due = is_due(run.step, config.save_every, config) or stop.received is not None
         if folder is not None and due:
             report.file.sync()
             run.save(folder)
 
 
-class _Report:
-    """Records in memory, in the file of the run, on the progress bar, and to whoever watches."""
+class Report:
+    """Records in memory, in the file of the run, on the progress bar, and to whoever watches.
+
+    run     whose steps they are
+    folder  of its history; None: nothing is written
+    show    draw a bar
+    watch   called with each record
+
+    file, history  where the records are
+    """
 
     def __init__(self, run: Run, folder: Path | None, show: bool, watch: Callable | None):
         self.file = HistoryFile(folder and folder / "history.jsonl", run.step)
@@ -112,14 +120,19 @@ class _Report:
         self.bar = progress_bar("training", run.config.num_steps, run.step, show)
         self.watch, self.measured = watch, ""
 
-    def __enter__(self) -> "_Report":
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_) -> None:
+        """Close bar and file."""
         self.bar.close()
         self.file.close()
 
     def note(self, record: dict) -> None:
+        """Take the record of a step.
+
+        record  as in History
+        """
         self.history.records.append(record)
         self.file.append(record)
         if "validation_loss" in record:
@@ -130,6 +143,7 @@ class _Report:
             self.watch(record)
 
     def status(self) -> str:
+        """Say how the last steps went, on average."""
         recent = self.history.records[-20:]
         seconds = sum(record["seconds"] for record in recent)
         speed = sum(record["num_tokens"] for record in recent) / max(seconds, 1e-9)
@@ -137,12 +151,22 @@ class _Report:
         return f"loss {loss:.3f}{self.measured}, {speed:,.0f} tokens/s"
 
 
-def _is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
+def is_due(step: int, every: int | None, config: TrainingConfig) -> bool:
+    """Tell whether something is to be done after a step; after the last one it is in any case.
+
+    step    updates made
+    every   so many steps lie between; None: only after the last
+    config  says which is the last
+    """
     return step == config.num_steps or (every is not None and step % every == 0)
 
 
-def _held_out(held_out: object, model: nn.Module) -> object:
-    """Batches as they are; ids as a tensor, checked before the first step."""
+def held_out_data(held_out: object, model: nn.Module) -> object:
+    """Return batches as they are; ids as a tensor, checked before the first step.
+
+    held_out  as in train
+    model     whose vocabulary it must be
+    """
     is_batches = isinstance(held_out, list | tuple) and isinstance(
         next(iter(held_out), None), Tensor | tuple | list | dict
     )
@@ -161,8 +185,12 @@ def _validate(run: Run, held_out: object) -> float:
 
 
 @contextmanager
-def _mode(run: Run, config: TrainingConfig) -> Iterator[None]:
-    """Training mode, recomputation as asked, random numbers of our own; all put back afterwards."""
+def training_mode(run: Run, config: TrainingConfig) -> Iterator[None]:
+    """Train with recomputation as asked and random numbers of our own; put all back afterwards.
+
+    run     whose model it is
+    config  its recompute is read
+    """
     model, before = run.model, run.model.training
     has_choice = hasattr(model, "recompute")
     require(
