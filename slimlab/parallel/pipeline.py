@@ -171,8 +171,7 @@ class Pipeline:
         pieces = cut_batch(batch, self.schedule.num_micro_batches)
         self._begin_step()
         try:
-            for number, instruction in enumerate(self.schedule.stages[self.comm.rank]):
-                self._mail.ask_ahead(number)
+            for instruction in self.schedule.stages[self.comm.rank]:
                 arrived = self._mail.take(self._incoming(instruction))
                 with self._computing(instruction):
                     made = self._compute(instruction, arrived, pieces, objective, context)

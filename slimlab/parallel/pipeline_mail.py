@@ -2,8 +2,7 @@
 
 Chapter 10 uses it. Which messages there are follows from the schedule: an instruction needs
 products, and a product is made on another stage or on this one. Sends are only started, since a
-blocking one would deadlock nearly every schedule; receives are started some instructions before
-their product is needed, so that it can arrive while something else is computed.
+blocking one would deadlock nearly every schedule; a receive waits.
 
 A tensor that is sent must be kept until it has arrived. Asking would cost a call; instead, what
 arrives later from the same stage proves it: whatever that stage needed for it, it had received.
@@ -21,8 +20,6 @@ from slimlab.config import require
 from slimlab.parallel.pipeline_record import SlotClock
 from slimlab.parallel.stages import Stage
 from slimlab.plan.pipeline_schedule import FORWARD, Product, Schedule
-
-AHEAD = 2  # instructions whose receives are started before they are reached
 
 
 class Mail:
@@ -45,16 +42,14 @@ class Mail:
             f"{schedule.num_virtual_stages} times {schedule.num_micro_batches}",
             "take larger micro-batches",
         )
-        self._order = schedule.stages[comm.rank]
         self._made_at, self._used_at = _places(schedule)
         self.begin_step()
 
     def begin_step(self) -> None:
         """Forget the step before, which may have failed."""
         self._here: dict[Product, Tensor] = {}
-        self._coming: dict[Product, tuple[int, Handle]] = {}
         self._leaving: list[tuple[int, int, Handle]] = []
-        self._asked, self.stamps = 0, (None, None)
+        self.stamps = None, None
 
     def stamp_with(self, clock: SlotClock | None) -> None:
         """Send the time beside every product; the same on every stage.
@@ -62,19 +57,6 @@ class Mail:
         clock  this stage's; None: send no times
         """
         self._clock = clock
-
-    def ask_ahead(self, number: int) -> None:
-        """Start to receive what the next instructions need.
-
-        number  of the instruction that is reached
-        """
-        while self._asked < min(number + 1 + AHEAD, len(self._order)):
-            for product in self.schedule.needs(self.comm.rank, self._order[self._asked]):
-                if self.schedule.receiver_of(product) == self.comm.rank:
-                    src = self.schedule.place_of(product[1])[0]
-                    handle = self.comm.irecv(src, tag_of(self.schedule, product))
-                    self._coming[product] = src, handle
-            self._asked += 1
 
     def take(self, product: Product | None) -> Tensor | None:
         """Return a product that was made before, here or elsewhere; wait until it is there.
@@ -84,8 +66,8 @@ class Mail:
         self.stamps = None, None
         if product is None or product in self._here:
             return self._here.pop(product, None)
-        src, handle = self._coming.pop(product)
-        tensor = handle.wait()
+        src = self.schedule.place_of(product[1])[0]
+        tensor = self.comm.recv(src, tag_of(self.schedule, product))
         if self._clock is not None:
             sent_s = self.comm.recv(src, self._num_tags + tag_of(self.schedule, product)).item()
             self.stamps = sent_s, self._clock.arrival(product, sent_s)
