@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 
 from slimlab import show
 from slimlab.config import InputError
-from slimlab.show.style import COLOURS
+from slimlab.show.style import COLOURS, GREEN, GREY, ORANGE
 
 ROWS = {"step 0": [1, None, 0], "step 1": [0, 1, None]}
 
@@ -48,3 +48,33 @@ def test_numbers_that_cannot_be_drawn_are_refused(columns):
         show.scaling_figure({"strong": columns}, {}, "gain")
     with pytest.raises(InputError, match="at least one line"):
         show.scaling_figure({}, {}, "gain")
+
+
+SPANS = [(0.75, 1.0), (1.0, 1.5), (1.5, 2.5)]
+
+
+def test_exchanges_are_hidden_as_long_as_the_rank_computes():
+    axes = show.overlap_figure({"a": (2.0, SPANS), "b": (2.0, [])}, "title").axes[0]
+    bars = [
+        (to_hex(one.get_facecolor()[0]), box.x0, box.x1)
+        for one in axes.collections
+        for box in [one.get_paths()[0].get_extents()]
+    ]
+    hidden, seen = to_hex(GREEN), to_hex(ORANGE)
+    computing = (to_hex(GREY), 0.0, 2.0)
+    assert bars == [
+        computing,
+        (hidden, 0.75, 1.0),
+        (hidden, 1.0, 1.5),
+        (hidden, 1.5, 2.0),
+        (seen, 2.0, 2.5),
+        computing,
+    ]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "3", " 2.5 s", " 2 s"]
+    assert (axes.get_xlabel(), axes.get_title()) == ("time (s)", "title")
+
+
+@pytest.mark.parametrize("ways", [{}, {"a": (1.0, [(0.5, 0.25)])}, {"a": (1.0, [(-1.0, 0.25)])}])
+def test_exchanges_out_of_order_are_refused(ways):
+    with pytest.raises(InputError, match="at least one way|begin at 0"):
+        show.overlap_figure(ways)

@@ -7,7 +7,7 @@ from slimlab.show.architecture import framed_figure, mask_panels
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
-from slimlab.show.parallel import scaling_figure, shards_figure
+from slimlab.show.parallel import overlap_figure, scaling_figure, shards_figure
 from slimlab.show.predicted import predicted_figure
 from slimlab.show.schedules import schedule_figure
 from slimlab.show.sharding import block_matrices_figure, cut_figure, layout_figure
@@ -37,6 +37,7 @@ __all__ = [
     "mask_figure",
     "mask_panels",
     "matrix_product_figure",
+    "overlap_figure",
     "predicted_figure",
     "progress",
     "scaling_figure",

@@ -1,4 +1,4 @@
-"""Figures of data parallelism: which rank reads which sample, and what more ranks bring.
+"""Figures of data parallelism: who reads which sample, what hides behind what, what ranks bring.
 
 Chapter 08 uses them. Dashboards of training (TensorBoard, Weights and Biases) draw one line per
 rank over time; these draw what was predicted and what was counted over the number of ranks.
@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from slimlab.config import require
-from slimlab.show.style import COLOURS, GREY, LINE_STYLES, MARKERS, new_figure, to_array
+from slimlab.show.style import (
+    COLOURS,
+    GREEN,
+    GREY,
+    LINE_STYLES,
+    MARKERS,
+    ORANGE,
+    new_figure,
+    to_array,
+)
+from slimlab.show.timeline import time_unit
 
 NOBODY = "–"
 
@@ -52,6 +62,63 @@ def shards_figure(rows: Mapping[str, Sequence[int | None]], title: str = "") -> 
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="sample", title=title)
+    return figure
+
+
+def overlap_figure(
+    ways: Mapping[str, tuple[float, Sequence[tuple[float, float]]]], title: str = ""
+) -> Figure:
+    """Draw what a rank computes and, one line below, what travels meanwhile: two lines per way.
+
+    ways     label -> (seconds of computing, from 0 on; (begin, end) in seconds of each exchange)
+    title    printed above
+    returns  the figure; exchanges are numbered where there is room, and what of them is not hidden
+             behind computing has another colour and hatch
+
+    Raises InputError if there are no ways, or an exchange ends before it begins.
+    """
+    change = 'pass {"overlapped": (1.0, [(0.5, 0.7), (1.0, 1.2)])}'
+    require(bool(ways), "at least one way", "none", change)
+    for name, (_, spans) in ways.items():
+        orderly = all(0 <= begin <= end for begin, end in spans)
+        asked = "exchanges that begin at 0 or later and end after that"
+        require(orderly, asked, f"{name}: {list(spans)}", change)
+    ends = {
+        name: max([compute_s, *(end for _, end in spans)])
+        for name, (compute_s, spans) in ways.items()
+    }
+    longest_s = max(ends.values())
+    unit, per_s = time_unit(longest_s)
+    figure, axes = new_figure(figsize=(8.0, 1.1 + 0.75 * len(ways)))
+    for place, (name, (compute_s, spans)) in enumerate(ways.items()):
+        axes.broken_barh([(0, compute_s * per_s)], (place - 0.38, 0.36), color=GREY)
+        for number, (begin, end) in enumerate(spans, start=1):
+            seen = min(max(begin, compute_s), end)
+            for start, stop, look in (
+                (begin, seen, {"facecolor": GREEN}),
+                (seen, end, {"facecolor": ORANGE, "hatch": "////"}),
+            ):
+                if stop > start:
+                    bar = [(start * per_s, (stop - start) * per_s)]
+                    axes.broken_barh(bar, (place + 0.02, 0.36), edgecolor="white", lw=0.8, **look)
+            if end - begin > 0.03 * longest_s:
+                white = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+                middle = (begin + end) / 2 * per_s, place + 0.2
+                look = {"ha": "center", "va": "center", "fontsize": 8}
+                axes.text(*middle, f"{number}", bbox=white, **look)
+        behind = ends[name] * per_s
+        axes.text(behind, place, f" {behind:.3g} {unit}", va="center", fontsize=8)
+    axes.set_yticks(range(len(ways)), list(ways))
+    axes.set_ylim(len(ways) - 0.4, -0.6)
+    axes.set_xlim(0, 1.1 * longest_s * per_s)
+    axes.grid(False, axis="y")
+    axes.set(xlabel=f"time ({unit})", title=title)
+    handles = [
+        Patch(facecolor=GREY, label="computing"),
+        Patch(facecolor=GREEN, label="exchange, hidden"),
+        Patch(facecolor=ORANGE, hatch="////", edgecolor="white", label="exchange, waited for"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
