@@ -1,10 +1,10 @@
-"""Steps of data, ZeRO-3 and tensor parallelism beside torch.distributed's, on two ranks.
+"""Steps of data, ZeRO-3, tensor and pipeline parallelism beside torch.distributed's, on two ranks.
 
-    python -m benchmarks.parallel_steps --schemes data zero tensor --shape small --rounds 41
+    python -m benchmarks.parallel_steps --schemes data zero tensor pipeline --shape small
 
 A step is: logits, mean cross-entropy, gradients, one update by PyTorch's fused AdamW. Theirs are
-DistributedDataParallel, fully_shard and DTensor's parallelize_module, each over gloo. Ours run
-twice: over gloo too, code against code; and over MPI, which shows what another transport is worth.
+DistributedDataParallel, fully_shard, DTensor's parallelize_module and Schedule1F1B, over gloo. Ours
+run twice: over gloo too, code against code; and over MPI, to show what another transport is worth.
 All rivals live in the same processes, which mpirun starts, and take turns; ranks meet before each
 step, over gloo, and the time of a step is that of the slowest rank. Losses are compared first.
 """
@@ -35,6 +35,7 @@ from benchmarks.parallel_rivals import (
     their_tensor,
     their_zero,
 )
+from benchmarks.pipeline_rivals import our_pipeline, their_pipeline
 from slimlab.comm.base import Communicator
 from slimlab.comm.distributed import init_torch
 from slimlab.comm.launch import why_not
@@ -50,6 +51,7 @@ SCHEMES = {
         {f"DTensor {plan}": partial(their_tensor, plan=plan)
          for plan in ("linears", "shared", "vocabulary")},
     ),
+    "pipeline": (our_pipeline, {"Schedule1F1B": their_pipeline}),
 }  # fmt: skip
 # Losses of rivals that add in another order part by rounding.
 TOLERANCE = 1e-4

@@ -104,6 +104,7 @@ def test_the_benchmark_of_split_steps_reports_in_its_form(capsys):
     found = json.loads(capsys.readouterr().out)
     rivals = {"data": ["DDP"], "zero": ["fully_shard"]}
     rivals["tensor"] = [f"DTensor {plan}" for plan in ("linears", "shared", "vocabulary")]
+    rivals["pipeline"] = ["Schedule1F1B"]
     tasks = [
         f"{scheme}: ours, {transport} beside {rival}"
         for scheme, names in rivals.items()
