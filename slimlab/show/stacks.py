@@ -1,7 +1,8 @@
 """Bars made of parts: where the bytes of a training step are.
 
-Chapter 05 draws the ledger of a step's memory with it. Production tools draw memory over time
-(torch.cuda.memory._record_memory_history); here each bar is one moment or one choice.
+Chapter 05 draws the ledger of a step's memory, chapter 11 where the seconds of a step go.
+Production tools draw memory over time (torch.cuda.memory._record_memory_history); here each bar is
+one moment or one choice.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from slimlab.config import require
 from slimlab.show.charts import HATCHES, label_bars
-from slimlab.show.style import COLOURS, new_figure
+from slimlab.show.style import COLOURS, GREY, SKY, VERMILION, new_figure
 
 # Each colour is drawn pale as well, so that many parts stay apart; hatches tell them apart too.
 SHADES = (1.0, 0.5)
@@ -61,4 +62,44 @@ def stacked_bars(
     axes.set_xlim(0, 1.15 * max(lefts.values()) or 1)
     label_bars(axes, list(stacks), x_label, log_y=False, horizontal=True)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def waterfall_figure(
+    pieces: Mapping[str, float],
+    x_label: str,
+    title: str = "",
+    guides: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw pieces as bars that begin where the one above ended, so that the last ends at the sum.
+
+    pieces   label -> size, at least 0, from the top
+    x_label  what the sizes are, with their unit
+    title    printed above
+    guides   label -> place of a vertical line, such as a measured sum
+    returns  the figure; each bar carries its size, and the sum is the last bar
+
+    Raises InputError if there is no piece, or one below 0.
+    """
+    require(bool(pieces), "at least one piece", "none", 'pass {"label": size}')
+    least = min(pieces, key=pieces.get)
+    given = f"{least}: {pieces[least]}"
+    require(pieces[least] >= 0, "pieces of at least 0", given, "draw differences as bars")
+    figure, axes = new_figure(figsize=(7.0, 0.9 + 0.34 * (len(pieces) + 1)))
+    total, guides = sum(pieces.values()), guides or {}
+    rows, start = {**pieces, "all": total}, 0.0
+    for row, (label, size) in enumerate(rows.items()):
+        left = 0.0 if label == "all" else start
+        colour = GREY if label == "all" else SKY
+        axes.barh(row, size, 0.7, left=left, color=colour, edgecolor="white")
+        axes.text(left + size, row, f" {size:.3g}", va="center", fontsize=8)
+        start += size
+    for label, place in guides.items():
+        axes.axvline(place, color=VERMILION, linestyle="--", label=label)
+    if guides:
+        figure.legend(loc="outside lower right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set(xlabel=x_label, title=title, xlim=(0, 1.15 * max([total, *guides.values()])))
     return figure
