@@ -21,6 +21,7 @@ ORDER = [
     "doctor",
     "commands",
     "cli",
+    "__main__",
 ]
 # Packages that only some rooms may import: a reader of the others needs not have them.
 CONFINED = {

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slimlab.commands.mesh import (
+    first_rank_speaks,
+    launched_rank,
+    mesh_options,
+    needs_ranks,
+    train_on_ranks,
+)
 from slimlab.config import InputError, TrainingConfig
 from slimlab.train import recipe
 
 if TYPE_CHECKING:
-    from slimlab.train.text_model import TextModel
+    from slimlab.text.corpus import Corpus
 
 MODEL, TRAINING = recipe.MODEL, recipe.TRAINING
 CHOICES = {"feed_forward": MODEL["feed_forward"]}
@@ -108,6 +115,7 @@ def number(name: str, kind: type, default: object, text: str):
               help="Go on with the run in --out, or refuse a folder that holds one.")  # fmt: skip
 @click.option("--new-settings", is_flag=True,
               help="Go on with another lr, number of steps, batch size or decay.")  # fmt: skip
+@mesh_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     texts: tuple[Path, ...], out: Path, resume: bool, new_settings: bool, as_json: bool, **given
@@ -123,6 +131,8 @@ def train(
       slimlab train a.jsonl.zst --max-bytes 5000000 --d-model 256 --steps 2000 --out runs/big
       slimlab train --device cuda --precision bfloat16 --batch-size 64 --out runs/gpu
       slimlab train notes/ --out runs/notes --steps 2000 --new-settings     twice as long
+      slimlab train --dp 2 --tp 2 --zero 1 --backend gloo --out runs/four   on four ranks
+      mpirun -n 4 slimlab train --dp 2 --pp 2 --out runs/four               goes on with that
     \f
 
     texts    files and folders
@@ -132,32 +142,51 @@ def train(
     as_json  print JSON
     given    the sizes and settings
     """
+    shown = sys.stderr.isatty()
+    options = {
+        "vocab_size": given["vocab_size"],
+        "sizes": {**CHOICES, **{name: given[name] for name in SIZES}},
+        "residual": recipe.RESIDUAL,
+        "resume": resume,
+        "new_settings": new_settings,
+        "show": shown,
+        "say": partial(click.echo, err=True),
+        "watch": None if shown else _print_line,
+    }
+    start_s = time.perf_counter()
+    with first_rank_speaks():
+        config = _training_config(given)
+        corpus = _corpus(texts, given["held_out"], given["max_bytes"])
+        if not launched_rank():
+            click.echo(corpus.describe(), err=True)
+        if needs_ranks(given):
+            result, prints = train_on_ranks(given, corpus, out, config, options)
+        else:
+            result, prints = _train_alone(corpus, out, config, options), True
+    if prints:
+        _print_result(result, out, time.perf_counter() - start_s, as_json)
+
+
+def _train_alone(corpus: "Corpus", out: Path, config: TrainingConfig, options: dict) -> dict:
+    from slimlab.model.transformer import device_of, num_params
     from slimlab.train.interrupts import Interrupted
     from slimlab.train.text_model import train_on_text
 
-    shown = sys.stderr.isatty()
-    config = _training_config(given)
-    corpus = _corpus(texts, given["held_out"], given["max_bytes"])
-    click.echo(corpus.describe(), err=True)
-    start_s = time.perf_counter()
     try:
-        trained = train_on_text(
-            corpus,
-            out,
-            config,
-            vocab_size=given["vocab_size"],
-            sizes={**CHOICES, **{name: given[name] for name in SIZES}},
-            residual=recipe.RESIDUAL,
-            resume=resume,
-            new_settings=new_settings,
-            show=shown,
-            say=partial(click.echo, err=True),
-            watch=None if shown else _print_line,
-        )
+        trained = train_on_text(corpus, out, config, **options)
     except Interrupted as stop:
         click.echo(f"slimlab: {stop}", err=True)
         sys.exit(128 + stop.signal_number)
-    _print_result(trained, out, time.perf_counter() - start_s, as_json)
+    history = trained.history
+    return {
+        "steps": history.steps[-1] if history.steps else None,
+        "num_params": num_params(trained.model),
+        "vocab_size": trained.tokenizer.vocab_size,
+        "device": str(device_of(trained.model)),
+        "loss": history.losses[-1] if history.losses else None,
+        "held_out_loss": history.validation[-1][1] if history.validation else None,
+        "held_out_bits_per_byte": trained.bits_per_byte,
+    }
 
 
 def _corpus(texts: tuple[Path, ...], held_out: float, max_bytes: int | None):
@@ -190,25 +219,12 @@ def _print_line(record: dict) -> None:
         )
 
 
-def _print_result(trained: "TextModel", out: Path, seconds: float, as_json: bool) -> None:
-    from slimlab.model.transformer import device_of, num_params
-
-    history = trained.history
-    result = {
-        "folder": str(out),
-        "steps": history.steps[-1] if history.steps else None,
-        "num_params": num_params(trained.model),
-        "vocab_size": trained.tokenizer.vocab_size,
-        "device": str(device_of(trained.model)),
-        "seconds": round(seconds, 3),
-        "loss": history.losses[-1] if history.losses else None,
-        "held_out_loss": history.validation[-1][1] if history.validation else None,
-        "held_out_bits_per_byte": trained.bits_per_byte,
-    }
+def _print_result(result: dict, out: Path, seconds: float, as_json: bool) -> None:
+    result = {"folder": str(out), "seconds": round(seconds, 3), **result}
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    measured = trained.bits_per_byte
+    measured = result["held_out_bits_per_byte"]
     held_out = f"{measured:.3f} bits per byte of the held-out text, " if measured else ""
     click.echo(
         f"{out}: {result['num_params']:,} parameters, {result['steps']} steps on "

@@ -110,7 +110,7 @@ class Hybrid:
         shape = MeshShape(parallel.data, parallel.pipeline, parallel.tensor)
         self.mesh = Mesh(comm, shape, hosts=hosts)
         broadcast_model(model, comm)
-        self.shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        self.shapes = {name: param.shape for name, param in model.named_parameters()}
         self.names, tensor = list(self.shapes), self.mesh.group("tensor")
         cut = {"sequence_parallel": parallel.sequence_parallel, "broadcast": False}
         self.model = tensor_parallel(model, tensor, **cut)

@@ -24,7 +24,8 @@ from slimlab.parallel.data import NotFiniteGradientsError
 from slimlab.parallel.hybrid import Hybrid
 from slimlab.parallel.hybrid_checkpoint import load_hybrid, save_hybrid
 from slimlab.parallel.hybrid_checks import RECOMPUTE, check_hybrid
-from slimlab.parallel.hybrid_stages import evaluate_batch
+from slimlab.parallel.hybrid_stages import evaluate_stages
+from slimlab.parallel.tensor_loss import tensor_parallel_objective
 from slimlab.parallel.together import with_all
 from slimlab.plan.parallel_config import ParallelConfig, num_micro_batches
 from slimlab.text.batches import consecutive_windows
@@ -146,7 +147,7 @@ class MeshRun(Run):
         with evaluating(self.model):
             for window in windows:
                 batch = move_batch(self._padded(window), self.device)
-                piece_loss, piece_tokens = evaluate_batch(self.hybrid, batch)
+                piece_loss, piece_tokens = self._evaluate(batch)
                 loss_sum, num_tokens = loss_sum + piece_loss, num_tokens + piece_tokens
         return loss_sum / num_tokens
 
@@ -192,6 +193,12 @@ class MeshRun(Run):
         before = found.extra.get("layout", "one process")
         if before != str(self.parallel):
             say(f"saved by {before}; going on with {self.parallel}")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> tuple[float, int]:
+        if self.hybrid.pipeline is not None:
+            return evaluate_stages(self.hybrid.pipeline, batch, tensor_parallel_objective)
+        loss_sum, num_tokens = tensor_parallel_objective(self.model, batch)
+        return float(loss_sum), int(num_tokens)
 
     def _check_same(self, path: Path, new_settings: bool) -> list[str]:
         stored = read_json(path / "config.json")

@@ -5,8 +5,6 @@ evaluation sends one batch after the other through them, and idles as the naive 
 Production evaluates with the forward half of its schedule.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +13,9 @@ from slimlab.parallel.pipeline import Pipeline
 from slimlab.parallel.pipeline_passes import ChunkPass
 from slimlab.parallel.schedules_zero_bubble import make_schedule
 from slimlab.parallel.stages import stage_of
-from slimlab.parallel.tensor_loss import tensor_parallel_objective
 from slimlab.plan.parallel_config import ParallelConfig
 from slimlab.plan.pipeline_schedule import Schedule
 from slimlab.train.accumulate import Objective
-
-if TYPE_CHECKING:
-    from slimlab.parallel.hybrid import Hybrid
 
 
 def schedule_for(parallel: ParallelConfig, num_micro_batches: int) -> Schedule:
@@ -63,7 +57,7 @@ def owners_of(model: nn.Module, schedule: Schedule) -> dict[str, int]:
 
 
 def from_owners(
-    mesh: Mesh, owners: dict[str, int], shapes: dict[str, tuple], named: dict[str, Tensor]
+    mesh: Mesh, owners: dict[str, int], shapes: dict[str, torch.Size], named: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Bring what the stages have to every rank of the pipeline.
 
@@ -82,23 +76,6 @@ def from_owners(
         tensor = named[name].contiguous() if mine else like.new_empty(shape)
         found[name] = group.broadcast(tensor, owners[name])
     return found
-
-
-def evaluate_batch(hybrid: "Hybrid", batch: tuple) -> tuple[float, int]:
-    """Compute the loss of a batch in a model that lies cut on a mesh, without gradients.
-
-    hybrid   of slimlab.parallel.hybrid, in evaluation mode
-    batch    as in causal_objective; the same on all ranks of a replica, with ZeRO of stage 3 on all
-    returns  the sum of losses in nats and the number of target tokens, both the same on every rank
-             of a replica
-
-    Communicates: what the forward pass does.
-    """
-    if hybrid.pipeline is not None:
-        return evaluate_stages(hybrid.pipeline, batch, tensor_parallel_objective)
-    with torch.no_grad():
-        loss_sum, num_tokens = tensor_parallel_objective(hybrid.model, batch)
-    return float(loss_sum), int(num_tokens)
 
 
 @torch.no_grad()

@@ -9,32 +9,34 @@ Production keeps tokenizing and training apart: the ids of a corpus are made onc
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimlab.config import InputError, ModelConfig, TrainingConfig, require
 from slimlab.model.build import build_model
 from slimlab.model.generation import generate
-from slimlab.model.initialise import initialise
 from slimlab.model.pretrained import from_pretrained
 from slimlab.model.transformer import device_of
-from slimlab.text.batches import text_ids
 from slimlab.text.corpus import Corpus
-from slimlab.text.progress import progress
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint import load_checkpoint
-from slimlab.train.checkpoint_folder import checkpoints_in, find_checkpoint, read_json
+from slimlab.train.checkpoint_folder import find_checkpoint, read_json
 from slimlab.train.device import choose_device
 from slimlab.train.history import History
 from slimlab.train.loop import train
 from slimlab.train.metrics import held_out_loss
 from slimlab.train.objectives import bits_per_byte
-
-END_OF_TEXT = "<|endoftext|>"
+from slimlab.train.text_start import (
+    END_OF_TEXT,
+    encode_documents,
+    first_model,
+    notes_of,
+    prepare_text,
+)
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,8 @@ def train_on_text(
     Raises InputError as train does, and for another corpus or vocabulary than the folder's.
     """
     folder = Path(folder) if folder is not None else None
-    _check_before_work(config, vocab_size, sizes)
-    tokenizer = _tokenizer_for(corpus, folder, vocab_size - 257, show)
-    ids = text_ids(encode_documents(tokenizer, corpus.train), config.seq_len)
-    if folder is not None:
-        _keep(tokenizer, folder)
-    model_config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_len=config.seq_len, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        model = initialise(build_model(model_config), residual=residual, seed=config.seed)
+    tokenizer, ids = prepare_text(corpus, folder, config, vocab_size, sizes, show)
+    model = first_model(tokenizer, config, sizes, residual)
     history = train(
         model,
         ids,
@@ -99,70 +95,13 @@ def train_on_text(
         run_folder=folder,
         resume=resume,
         new_settings=new_settings,
-        notes={"text": corpus.fingerprint, "vocab_size": vocab_size, "residual": residual},
+        notes=notes_of(corpus, vocab_size, residual),
         show=show,
         say=say,
         watch=watch,
     )
     measured = held_out_bits_per_byte(model, tokenizer, corpus) if corpus.held_out else None
     return TextModel(model, tokenizer, str(folder or "memory"), history, measured)
-
-
-def _check_before_work(config: TrainingConfig, vocab_size: int, sizes: dict) -> None:
-    """What is known to be wrong before the merges are learned, and nothing is written."""
-    require(
-        type(vocab_size) is int and vocab_size > 256,
-        "vocab_size of at least 257: 256 bytes and a token that ends a text",
-        f"vocab_size = {vocab_size!r}",
-        "take 1024",
-    )
-    choose_device(config.device)
-    with torch.device("meta"):  # shapes without numbers
-        build_model(ModelConfig(vocab_size=vocab_size, seq_len=config.seq_len, **sizes))
-
-
-def _tokenizer_for(corpus: Corpus, folder: Path | None, num_merges: int, show: bool) -> Tokenizer:
-    path = folder / "tokenizer.json" if folder is not None else None
-    there = Tokenizer.load(path) if path is not None and path.exists() else None
-    # Beside a checkpoint lies the tokenizer of its ids; train refuses if it is of another text.
-    if there is not None and checkpoints_in(folder):
-        return there
-    bar = progress if show else None
-    tokenizer = Tokenizer.train(corpus.train, num_merges, (END_OF_TEXT,), bar)
-    require(
-        there in (None, tokenizer),
-        "a folder without a tokenizer, or with that of this text",
-        f"{path}, of another text or vocabulary",
-        "choose another folder",
-    )
-    return tokenizer
-
-
-def _keep(tokenizer: Tokenizer, folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        given = f"{folder}: {error.strerror}"
-        raise InputError("a folder for the run", given, "choose another folder") from error
-    tokenizer.save(path)
-
-
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Tensor:
-    """Encode documents into one sequence, with the token that ends a text before and after each.
-
-    tokenizer  has the special token "<|endoftext|>"
-    documents  texts; a special token spelled out in one is encoded as the letters that it is
-    returns    (N,) int64; every token of a document, and its end, has something to be predicted
-               from
-    """
-    end_id = tokenizer.token_id(END_OF_TEXT)
-    ids = [end_id]
-    for text in documents:
-        ids += [*tokenizer.encode(text, allow_special=False), end_id]
-    return torch.tensor(ids)
 
 
 def held_out_bits_per_byte(model: nn.Module, tokenizer: Tokenizer, corpus: Corpus) -> float:
