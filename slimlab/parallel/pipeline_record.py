@@ -223,7 +223,8 @@ class HeldTensors:
         map_tensors(lambda one: given.add(_address(one)), batch)
 
         def pack(tensor: Tensor) -> _Kept:
-            kept = _Kept(tensor)
+            # Detached: an operation's own result would keep the operation, and that this.
+            kept = _Kept(tensor.detach())
             if _address(tensor) not in given:
                 self._kept.add(kept)
             return kept

@@ -4,9 +4,11 @@ Chapter 10 compares it with what autograd holds in a real run. What a chunk keep
 follows from slimlab.plan.activations; how many micro-batches are kept at a time, from the order of
 the instructions. GPipe keeps all of them, 1F1B as many as there are stages ahead.
 
-Not counted: results that wait to be sent, and, where a schedule parts the backward pass, gradients
-that wait for weight gradients; there this is an upper bound of the activations alone, since an
-input gradient lets go of what no weight gradient needs.
+Where a schedule parts the backward pass, the gradient at the result of every layer with weights
+waits for the weight gradient, beside the activations; only the loss's own are gone by then. That
+is two thirds as much again, which counts of micro-batches do not show.
+
+Not counted: results that wait to be sent, and received gradients but those that wait.
 
 slimlab.plan.layout_memory counts the same for kernels that are fused, in 16 bits. Korthikanti et
 al. 2022 (arXiv:2205.05198), section 4.2.3.
@@ -14,10 +16,17 @@ al. 2022 (arXiv:2205.05198), section 4.2.3.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from slimlab.config import ModelConfig, check_size, require
 from slimlab.plan.activations import activation_bytes
-from slimlab.plan.pipeline_schedule import BACKWARD, FORWARD, WEIGHT_GRADIENT, Schedule
+from slimlab.plan.pipeline_schedule import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Schedule,
+)
 
 
 def chunk_bytes(
@@ -48,6 +57,32 @@ def chunk_bytes(
     return sum(number for name, number in items.items() if name.split(".")[0] not in absent)
 
 
+def waiting_bytes(
+    config: ModelConfig,
+    num_layers: int,
+    batch_size: int,
+    seq_len: int | None = None,
+    *,
+    first: bool = False,
+    last: bool = False,
+    bytes_per_element: int = 4,
+) -> int:
+    """Predict the gradients that wait between the two parts of a chunk's backward pass.
+
+    config, num_layers, batch_size, seq_len, first, last  as in chunk_bytes
+    bytes_per_element  of weights and activations
+    returns  bytes of one micro-batch: a gradient at the result of every layer with weights
+    """
+    query, key = config.num_heads * config.d_head, config.num_kv_heads * config.d_head
+    # Two norms, the two layers that end in the stream; queries, keys, values; up, and gate.
+    block = 4 * config.d_model + query + 2 * key + (2 if config.gated else 1) * config.d_ff
+    features = num_layers * block + first * config.d_model
+    if last:
+        features += config.vocab_size + (config.d_model if config.norm_place == "pre" else 0)
+    length = config.seq_len if seq_len is None else seq_len
+    return batch_size * length * features * bytes_per_element
+
+
 def peak_bytes(
     config: ModelConfig,
     schedule: Schedule,
@@ -56,7 +91,7 @@ def peak_bytes(
     seq_len: int | None = None,
     **choices: object,
 ) -> tuple[int, ...]:
-    """Predict the most that each stage keeps of forward passes at a time.
+    """Predict the most that each stage keeps for backward passes at a time.
 
     config             of a decoder
     schedule           what each stage does
@@ -78,18 +113,41 @@ def peak_bytes(
     for size in micro_batch_sizes:
         check_size("each of micro_batch_sizes", size)
     known = {}
-    for place, number in enumerate(layers):
+    for place, size in product(range(count), set(micro_batch_sizes)):
         ends = {"first": place == 0, "last": place == count - 1}
-        for size in set(micro_batch_sizes):
-            known[place, size] = chunk_bytes(config, number, size, seq_len, **ends, **choices)
+        given = config, layers[place], size, seq_len
+        known[place, size] = (
+            chunk_bytes(*given, **ends, **choices),
+            _parted_bytes(*given, **ends, item_bytes=choices.get("bytes_per_element", 4)),
+        )
     peaks = []
     for stage, order in enumerate(schedule.stages):
-        held = peak = 0
+        held, now, peak = {}, 0, 0
         for one in order:
-            place = schedule.virtual_stage(stage, one.chunk)
-            kept = known[place, micro_batch_sizes[one.micro_batch]]
-            held += kept * (one.kind == FORWARD)
-            peak = max(peak, held)
-            held -= kept * (one.kind in (BACKWARD, WEIGHT_GRADIENT))
+            key = schedule.virtual_stage(stage, one.chunk), one.micro_batch
+            whole, more = known[key[0], micro_batch_sizes[one.micro_batch]]
+            gained = {FORWARD: whole, INPUT_GRADIENT: more}.get(one.kind, 0)
+            held[key] = held.get(key, 0) + gained
+            now += gained
+            peak = max(peak, now)
+            if one.kind in (BACKWARD, WEIGHT_GRADIENT):
+                now -= held.pop(key)
         peaks.append(peak)
     return tuple(peaks)
+
+
+def _parted_bytes(
+    config: ModelConfig,
+    num_layers: int,
+    batch_size: int,
+    seq_len: int | None,
+    *,
+    first: bool,
+    last: bool,
+    item_bytes: int,
+) -> int:
+    """What is kept more after an input gradient: what waits, without what the loss had."""
+    given = config, num_layers, batch_size, seq_len
+    more = waiting_bytes(*given, first=first, last=last, bytes_per_element=item_bytes)
+    items = activation_bytes(config, batch_size, seq_len)
+    return more - (items["loss.log_probabilities"] if last else 0)
