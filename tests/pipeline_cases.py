@@ -1,6 +1,7 @@
 """Programs that train a tiny model as a pipeline, and what their stages have, put together."""
 
 import torch
+from hypothesis import strategies as st
 from parallel_cases import (
     CHOICES,
     NUM_STEPS,
@@ -16,6 +17,15 @@ from parallel_cases import (
 
 from slimlab.parallel.pipeline import Pipeline
 from slimlab.parallel.schedules_zero_bubble import SCHEDULES, make_schedule
+from slimlab.plan.pipeline_schedule import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRADIENT,
+    PLACEMENTS,
+    WEIGHT_GRADIENT,
+    Instruction,
+    Schedule,
+)
 from slimlab.train.objectives import causal_objective
 
 NAMES = tuple(SCHEDULES)
@@ -67,3 +77,26 @@ def check_equals_one_process(results, choices, batch_of=tiny_batch):
     model = tiny_model(**choices)
     expected = serial_run(model, batch_of=batch_of)
     check_same_run(put_together(results), expected, zero_gradient_names(model))
+
+
+@st.composite
+def any_schedules(draw):
+    """Any order in which a pipeline can work: one instruction after the other, as chance has it."""
+    num_stages, num_chunks = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    num_micro_batches = draw(st.integers(1, 4))
+    placement = draw(st.sampled_from(PLACEMENTS))
+    empty = Schedule("any", num_micro_batches, ((),) * num_stages, num_chunks, placement)
+    left, done = [], set()
+    for virtual in range(empty.num_virtual_stages):
+        stage, chunk = empty.place_of(virtual)
+        for number in range(num_micro_batches):
+            parted = (INPUT_GRADIENT, WEIGHT_GRADIENT) if draw(st.booleans()) else (BACKWARD,)
+            left += [(stage, Instruction(kind, number, chunk)) for kind in (FORWARD, *parted)]
+    orders = [[] for _ in range(num_stages)]
+    while left:
+        able = [one for one in left if set(empty.needs(*one)) <= done]
+        stage, instruction = draw(st.sampled_from(able))
+        left.remove((stage, instruction))
+        orders[stage].append(instruction)
+        done |= set(empty.makes(stage, instruction))
+    return Schedule("any", num_micro_batches, tuple(map(tuple, orders)), num_chunks, placement)

@@ -3,8 +3,10 @@
 import comm_runtimes
 import pytest
 import torch
+from hypothesis import given, settings
 from parallel_cases import (
     BOUND,
+    CHOICES,
     NUM_STEPS,
     check_same_run,
     copy_of_grads,
@@ -18,6 +20,7 @@ from parallel_cases import (
 from pipeline_cases import (
     NAMES,
     NUM_MICRO_BATCHES,
+    any_schedules,
     check_equals_one_process,
     choices_for,
     put_together,
@@ -38,7 +41,7 @@ from slimlab.parallel.tensor_state import gather_whole
 from slimlab.parallel.zero import Zero
 from slimlab.plan.data_parallel import shard_sizes
 from slimlab.plan.pipeline_messages import predict_step
-from slimlab.plan.pipeline_schedule import read_schedule
+from slimlab.plan.pipeline_schedule import peak_activations, read_schedule
 from slimlab.train.accumulate import accumulate_gradients
 from slimlab.train.objectives import IGNORE, causal_objective
 from slimlab.train.optimizer import clip_gradients
@@ -131,6 +134,23 @@ def test_a_schedule_of_ones_own_that_mixes_whole_and_parted_backward_passes_is_e
     rows = ["F0 F1 F2 I0 B1 W0 B2", "F0 B0 F1 I1 F2 I2 W2 W1"]
     results = run_ranks(train, 2, args=(read_schedule(rows), choices))
     check_equals_one_process(results, choices)
+
+
+@given(any_schedules())
+@settings(max_examples=15, deadline=None)
+def test_every_order_that_can_be_is_executed(schedule):
+    choices = CHOICES | {"num_layers": schedule.num_virtual_stages}
+
+    def program(comm):
+        pipeline = Pipeline(tiny_model(**choices), comm, schedule)
+        loss, _ = pipeline.gradients(tiny_batch(0), causal_objective)
+        assert pipeline.peak_passes == peak_activations(schedule)[comm.rank]
+        return [float(loss)], [copy_of_grads(pipeline.stage)], {}
+
+    model = tiny_model(**choices)
+    losses, grads, _ = serial_run(model, 1)
+    found = put_together(run_ranks(program, schedule.num_stages))
+    check_same_run(found, (losses, grads, {}), zero_gradient_names(model))
 
 
 def boundary_gradients(comm, choices):
@@ -296,6 +316,23 @@ def test_messages_and_payload_are_predicted(name, tied):
         assert (sent, received, reduced) == (plan.sent, plan.received, plan.all_reduces)
         assert len(calls) == plan.num_calls
     assert all(plan.sent_bytes > 0 for plan in predicted)
+
+
+def test_slices_of_the_positions_make_messages_shorter():
+    choices, shape = choices_for("1f1b", 2, vocab_size=12, seq_len=6), MeshShape(1, 2, 2)
+
+    def program(comm):
+        mesh = Mesh(comm, shape)
+        model = tensor_parallel(tiny_model(**choices), mesh.group("tensor"), sequence_parallel=True)
+        pipeline = Pipeline(model, mesh.group("pipeline"), schedule_of("1f1b", 2))
+        before = len(comm.ledger.entries)
+        pipeline.gradients(wide_batch(0), tensor_parallel_objective)
+        sent = [one for one in comm.ledger.entries[before:] if one.call == "send"]
+        return tuple((one.peer, one.n_bytes) for one in sent)
+
+    sizes = shard_sizes(8, NUM_MICRO_BATCHES)
+    plan = predict_step(schedule_of("1f1b", 2), sizes, 6 // 2, 8, 8)
+    assert run_ranks(program, 4) == [plan[0].sent] * 2 + [plan[1].sent] * 2
 
 
 def clipped(comm, name, choices, max_norm):

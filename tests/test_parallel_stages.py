@@ -23,6 +23,8 @@ from slimlab.parallel.stage_costs import LayerCosts, measure_costs
 from slimlab.parallel.stages import balanced_layers, check_layers, even_layers, stage_of
 from slimlab.parallel.zero import Zero
 from slimlab.plan.data_parallel import shard_sizes
+from slimlab.plan.layout_memory import held_micro_batches
+from slimlab.plan.parallel_config import ParallelConfig
 from slimlab.plan.pipeline_memory import chunk_bytes, peak_bytes
 from slimlab.plan.pipeline_schedule import peak_activations, read_schedule
 from slimlab.plan.pipeline_simulator import simulate
@@ -157,6 +159,17 @@ def test_parted_backward_passes_hold_more_bytes_than_their_micro_batches_say():
     assert peak_activations(schedules[0])[0] == peak_activations(schedules[1])[0]
     parted, whole = (held_and_predicted(name)[0] for name in ("zb_h1", "1f1b"))
     assert parted[0] > 1.1 * whole[0]
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved"])
+def test_the_planner_counts_the_micro_batches_that_a_run_holds(name):
+    num_chunks = 2 if name == "interleaved" else 1
+    kind = "gpipe" if name == "gpipe" else "1f1b"
+    parallel = ParallelConfig(pipeline=4, num_chunks=num_chunks, schedule=kind)
+    # Four stages, four micro-batches: a whole round, as the planner counts interleaving.
+    results = run_ranks(watched, 4, args=(name, StageTimes(1, 1, 1), "none", 4))
+    planned = [held_micro_batches(parallel, 4, stage) for stage in range(4)]
+    assert [result[1] / num_chunks for result in results] == planned
 
 
 def test_a_chunk_keeps_what_the_whole_model_keeps_of_its_layers():
