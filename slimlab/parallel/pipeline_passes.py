@@ -7,9 +7,9 @@ arXiv:2205.05198, appendix B).
 
 Zero-bubble schedules part the backward pass. The input gradient goes back through the chunk without
 touching a weight; on its way the gradient at the result of every layer with weights is kept. The
-weight gradient takes it from there through that one layer. No matrix product is made twice. What is
-held meanwhile besides the activations are those gradients; under sequence parallelism a layer's
-result is scattered, and its gradient is gathered once for each part.
+weight gradient takes it from there through that one layer. No matrix product is made twice; what a
+norm computes going back is, and under sequence parallelism the gradient of a scattered result is
+gathered twice. What is held meanwhile, besides the activations, are those gradients.
 
 Production: torch.distributed.pipelining finds the same places by walking the graph
 (stage_backward_input); Megatron-LM and the authors' code keep lists inside their linear layers.
@@ -18,6 +18,8 @@ Qi et al. 2024 (arXiv:2401.10241), section 2.
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +54,8 @@ class ChunkPass:
         self.loss_sum, self.num_tokens = None, 0
         self._embedded: tuple[GradientEdge, Tensor] | None = None
         self._result: GradientEdge | None = None
-        self._layers: list[tuple[GradientEdge, list[nn.Parameter]]] = []
-        self._owed: list[tuple[GradientEdge, Tensor, list[nn.Parameter] | None]] = []
+        self._layers: list[_Layer] = []
+        self._owed: list[tuple[_Layer, Tensor]] = []
 
     def forward(self, objective: Objective, batch: object, divisor: float) -> Tensor | None:
         """Compute what the next virtual stage needs, or the loss.
@@ -121,7 +123,7 @@ class ChunkPass:
         returns  the gradient of hidden; None on the first chunk
         """
         start = self.hidden if self._embedded is None else self._embedded[1]
-        targets = [edge for edge, _ in self._layers] + ([] if start is None else [start])
+        targets = [layer.result for layer in self._layers] + ([] if start is None else [start])
         if self._result is None or not targets:
             return None if self.hidden is None else _or_zeros(None, self.hidden)
         *grads, first = torch.autograd.grad(
@@ -131,13 +133,9 @@ class ChunkPass:
             retain_graph=True,
             allow_unused=True,
         )
-        self._owed = [
-            (edge, one, params)
-            for (edge, params), one in zip(self._layers, grads)
-            if one is not None
-        ]
+        self._owed = [pair for pair in zip(self._layers, grads) if pair[1] is not None]
         if self._embedded is not None and first is not None:
-            self._owed.append((self._embedded[0], first, None))
+            self._owed.append((_Layer(self._embedded[0], None, -1), first))
         self._layers, self._embedded, self._result = [], None, None
         return None if self.hidden is None else _or_zeros(first, self.hidden)
 
@@ -153,7 +151,7 @@ class ChunkPass:
     @property
     def owed_bytes(self) -> int:
         """Bytes of the gradients that wait for weight_gradient, every storage once."""
-        storages = [grad.untyped_storage() for _, grad, _ in self._owed]
+        storages = [grad.untyped_storage() for _, grad in self._owed]
         return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def _end_at(self, result: Tensor) -> None:
@@ -223,14 +221,25 @@ class _Model:
         raise _HandOver
 
 
+class _Layer(NamedTuple):
+    """A layer with weights in one forward pass; layers of one number read the same input."""
+
+    result: GradientEdge
+    params: list[nn.Parameter] | None
+    number: int
+
+
 @contextmanager
-def _recorded(stage: Stage, layers: list):
+def _recorded(stage: Stage, layers: list[_Layer]):
     """Note the results of all layers with weights of their own that a forward pass goes through."""
+    last = [None]
 
     def note(module, inputs, result):
         params = [p for p in module.parameters(recurse=False) if p.requires_grad]
         if params and result.requires_grad:
-            layers.append((get_gradient_edge(result), params))
+            number = layers[-1].number + (inputs[0] is not last[0]) if layers else 0
+            layers.append(_Layer(get_gradient_edge(result), params, number))
+            last[0] = inputs[0]
 
     tables = set(stage.embedding.modules()) if hasattr(stage, "embedding") else set()
     hooks = [
@@ -250,9 +259,15 @@ def _nothing():
     yield
 
 
-def _into_weights(owed: list[tuple[GradientEdge, Tensor, list[nn.Parameter] | None]]) -> None:
-    for edge, grad, params in owed:
-        torch.autograd.backward([edge], [grad], inputs=params)
+def _into_weights(owed: list[tuple[_Layer, Tensor]]) -> None:
+    # Together only what reads the same input: no layer of these stands behind another, so autograd
+    # goes through each of them and no farther.
+    for _, same in groupby(owed, key=lambda pair: pair[0].number):
+        layers, grads = zip(*same)
+        params = None
+        if layers[0].params is not None:
+            params = [param for layer in layers for param in layer.params]
+        torch.autograd.backward([layer.result for layer in layers], grads, inputs=params)
 
 
 def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
