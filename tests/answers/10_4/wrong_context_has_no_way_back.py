@@ -1,0 +1,48 @@
+import torch
+
+from slimlab.classroom.check import numbers
+
+
+def compute(own, h, c):
+    """What every stage does with what came to it, and with the context."""
+    return h + torch.tanh(h @ own["mix"] + c @ own["read"])
+
+
+def loss_of(y, target):
+    """The loss of a micro-batch; those of all are added up."""
+    return (y - target).square().sum() / 2
+
+
+def my_diagnosis():
+    """Which gradients are wrong under which schedule, on your number of stages."""
+    # pop() takes the newest: the right one where one is held at a time, and under GPipe, where all
+    # stages take the same wrong one. The context's way back ends at once on every stage but 0.
+    p = numbers("10.4")["num_stages"]
+    early = [f"{name} {s}" for s in range(p - 1) for name in ("mix", "read")]
+    return {"gpipe": ["context 0"], "1f1b": ["context 0", *early]}
+
+
+def mended_step(comm, schedule, weights, inputs, targets):
+    """The loss, on the last stage, and the gradients of this stage's weights."""
+    rank, last, kept, sends, loss = comm.rank, comm.world_size - 1, {}, [], 0.0
+    own = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    for one in schedule.stages[rank]:
+        n = one.micro_batch
+        if one.kind == "forward":
+            if rank == 0:
+                h, c = inputs[n], torch.tanh(inputs[n] @ own["context"])
+            else:
+                h, c = comm.recv(rank - 1, n).unbind()
+                h.requires_grad_()
+            y = compute(own, h, c)
+            if rank < last:
+                sends.append(comm.isend(torch.stack([y, c]).detach(), rank + 1, n))
+            kept[n] = (h, y if rank < last else loss_of(y, targets[n]))
+        else:
+            h, y = kept.pop(n)
+            loss += y.item() if rank == last else 0.0
+            y.backward(comm.recv(rank + 1, n) if rank < last else None)
+            if rank > 0:
+                sends.append(comm.isend(h.grad, rank - 1, n))
+    [handle.wait() for handle in sends]
+    return loss, {name: weight.grad for name, weight in own.items()}
