@@ -1,5 +1,8 @@
 """A pipeline equals one process and torch's, under every schedule; its messages are predicted."""
 
+import os
+import signal
+
 import comm_runtimes
 import pytest
 import torch
@@ -382,16 +385,27 @@ def test_what_is_frozen_gets_no_gradient_on_any_stage(name):
         assert float((found[param_name] - grad).abs().max()) < BOUND * largest
 
 
-def failing(comm):
+def failing(comm, failure):
     pipeline = Pipeline(tiny_model(**choices_for("1f1b", 2)), comm, schedule_of("1f1b", 2))
     if comm.rank == 1:
-        pipeline.stage.final_norm.register_forward_pre_hook(lambda *given: 1 / 0)
+        pipeline.stage.final_norm.register_forward_pre_hook(lambda *given: failure())
     pipeline.gradients(tiny_batch(0), causal_objective)
 
 
-@pytest.mark.parametrize("runtime", ["threads", "gloo", "mpich"])
-def test_a_stage_that_raises_ends_all(runtime):
+def divide_by_zero():
+    return 1 / 0
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "failure"),
+    [("threads", divide_by_zero), ("gloo", die), ("mpich", divide_by_zero)],
+)
+def test_a_stage_that_raises_or_is_killed_ends_all(runtime, failure):
     if reason := comm_runtimes.why_not(runtime):
         pytest.skip(reason)
     with comm_runtimes.started_by(runtime) as backend, pytest.raises(RankError, match="rank 1"):
-        run_ranks(failing, 2, backend=backend)
+        run_ranks(failing, 2, backend=backend, args=(failure,))
