@@ -147,7 +147,10 @@ def _(student, numbers):
                 look = "bytes per parameter in each stage: which of 2, 4 and 12 does it divide?"
                 if wanted is None:
                     look = "what to return where not even stage 3 fits"
-                expect_equal(function(num_params, world_size, free_bytes), wanted, what, look)
+                saw = function(num_params, world_size, free_bytes)
+                if saw is not None:
+                    saw = whole_number(saw, what, "the return lines: 0, 1, 2, 3 or None")
+                expect_equal(saw, wanted, what, look)
     look = "one rank, which has nobody to share with"
     expect_equal(function(1e9, 1, 18.1e9), 0, "smallest_stage(1e+09, 1, 1.81e+10)", look)
 
@@ -203,7 +206,8 @@ def _(student, numbers):
     model = numbers["params_billion"], numbers["world_size"]
     stage = true_stage(*model, numbers["free_gb"])
     look = "your pencil calculation for numbers('8.1'); correct it once you know why"
-    expect_equal(saw["stage"], stage, "my_prediction()['stage']", look)
+    what = "my_prediction()['stage']"
+    expect_equal(whole_number(saw["stage"], what, "the return line"), stage, what, look)
     for key, one in (("gb", stage), ("stage_1_gb", 1)):
         wanted = true_wire(*model, one, numbers["num_micro_batches"])
         expect_close(saw[key], wanted, f"my_prediction()[{key!r}]", look, **BY_HAND)

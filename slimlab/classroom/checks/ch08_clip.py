@@ -41,7 +41,7 @@ FAULTS = {
 
 clip = Exercise(
     "8.2",
-    "Clipped too early",
+    "Right loss, right length",
     requires=("my_diagnosis", "is_right", "mended_step"),
     stars=2,
     instance=lambda rng: {

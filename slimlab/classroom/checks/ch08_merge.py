@@ -259,6 +259,9 @@ def _(student, numbers):
         )
         for rank, one in enumerate(results):
             check_form(one, inputs[rank], f"{what}: rank {rank}")
+        check_updates([one[0] for one in results], k, what)
+        look = "the update, before buffers are thought of"
+        expect(bool((results[0][0] != 0).any()), f"{what}: an update of 0", "numbers", look)
         total = results[0][0] + sum(one[1] for one in results)
         look = "nothing that is lost here either"
         expect_close(total, sum(inputs), f"{what}: all added up", look, **EXACT)
