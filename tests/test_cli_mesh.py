@@ -132,5 +132,5 @@ def test_a_mesh_of_other_ranks_than_a_launcher_started_is_refused_by_the_first_a
     assert (other.exit_code, other.output) == (2, "")
 
 
-def test_the_backends_are_those_of_the_launcher():
-    assert mesh.BACKENDS == BACKENDS
+def test_the_backends_are_those_of_run_ranks():
+    assert set(mesh.BACKENDS) == set(BACKENDS)

@@ -20,7 +20,9 @@ from slimlab.demos import (
     data_parallel,
     dialled_network,
     hello,
+    hybrid,
     ping_pong,
+    pipeline,
     ring_all_reduce,
     tensor_parallel,
     zero,
@@ -42,9 +44,17 @@ SMALL = {
     "data_parallel": ["--batch", "3"],
     "zero": ["--batch", "3"],
     "tensor_parallel": ["--batch", "2"],
+    "pipeline": ["--batch", "3", "--micro-batches", "2", "--schedule", "zb_v"],
+    "hybrid": ["--batch", "4"],
 }
 LEAST = {"ping_pong": 2}
-TRAINING = {"data_parallel": data_parallel, "zero": zero, "tensor_parallel": tensor_parallel}
+TRAINING = {
+    "data_parallel": data_parallel,
+    "zero": zero,
+    "tensor_parallel": tensor_parallel,
+    "pipeline": pipeline,
+    "hybrid": hybrid,
+}
 LAUNCHERS = {
     "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -107,9 +117,11 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
         ("mpirun", "hello"),
         ("mpirun", "ring_all_reduce"),
         ("mpirun", "tensor_parallel"),
+        ("mpirun", "hybrid"),
         ("torchrun", "hello"),
         ("torchrun", "data_parallel"),
         ("torchrun", "zero"),
+        ("torchrun", "pipeline"),
     ],
 )
 def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
@@ -147,6 +159,8 @@ SABOTAGE = {
     "data_parallel": (data_parallel, "num_params", lambda real: lambda config: real(config) + 1),
     "zero": (zero, "predict_broadcast", lambda real: lambda *_: ()),
     "tensor_parallel": (tensor_parallel, "predict_start", lambda real: lambda *_: ()),
+    "pipeline": (pipeline, "peak_activations", lambda real: lambda plan: [7] * plan.num_stages),
+    "hybrid": (hybrid, "stage_shapes", lambda real: lambda *args: {"lm_head.weight": (3, 5)}),
 }
 
 
@@ -210,6 +224,37 @@ def test_a_timeline_can_be_a_figure(tmp_path):
     path = tmp_path / "steps.svg"
     assert invoke("data_parallel", "--ranks", 2, "--timeline", path).exit_code == 0
     assert "</svg>" in path.read_text()
+
+
+def test_every_schedule_agrees_with_its_simulation():
+    result = invoke("pipeline", "--ranks", 3, "--schedule", "all", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(last_line(result.output)["checks"]) == 6 * 7
+
+
+def test_a_step_of_a_pipeline_is_drawn_beside_the_ideal_one(tmp_path):
+    path = tmp_path / "step.svg"
+    arguments = ("--schedule", "1f1b", "--ranks", 2, "--timeline", path)
+    assert invoke("pipeline", *arguments).exit_code == 0
+    text = path.read_text()
+    assert "measured" in text
+    assert "ideal" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("hybrid", ["--layout", "2x1x1"], "data 2 x pipeline 1 x tensor 1 = 2"),
+        ("hybrid", ["--layout", "1x4x1"], "2 layers, 4 stages"),
+        ("hybrid", ["--layout", "4x1"], "give --layout 2x1x2"),
+        ("hybrid", ["--layout", "4x1x1", "--batch", "6"], "batch_size = 6, data = 4"),
+        ("pipeline", ["--micro-batches", "4"], "give --micro-batches 3, or --batch 4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_before_any_rank_starts(name, arguments, words):
+    result = invoke(name, "--ranks", 4, *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
 
 
 @pytest.mark.parametrize("path", ["no/such/folder.json", "steps"])

@@ -23,6 +23,8 @@ DEMOS = (
     "data_parallel",
     "zero",
     "tensor_parallel",
+    "pipeline",
+    "hybrid",
 )
 BACKENDS = ("threads", "gloo", "mpi", "nccl")
 

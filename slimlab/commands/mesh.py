@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slimlab.comm.launchers import launcher_of
+from slimlab.commands.communication import BACKENDS
 from slimlab.config import InputError, ModelConfig, TrainingConfig
 from slimlab.plan.parallel_config import ParallelConfig, num_micro_batches
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from slimlab.comm.base import Communicator
     from slimlab.text.corpus import Corpus
 
-BACKENDS = ("threads", "mpi", "gloo", "nccl")  # of slimlab.comm.launch, which imports torch
 LEAVE_LATER_S = 3.0
 # Of a whole run; under a launcher, of one call that waits for the other ranks.
 TIMEOUT_S, WAIT_S = 30 * 86_400.0, 3_600.0

@@ -270,7 +270,7 @@ class Hybrid:
         whole = gather_whole(self.model, named)
         if self.pipeline is None:
             return whole
-        return from_owners(self.mesh, self.owners, self.shapes, whole)
+        return from_owners(self.pipeline.comm, self.owners, self.shapes, whole)
 
     def _seed_dropout(self) -> None:
         # Nothing needs to be kept to go on with the same numbers in the same layout.

@@ -8,7 +8,7 @@ Production evaluates with the forward half of its schedule.
 import torch
 from torch import Tensor, nn
 
-from slimlab.parallel.mesh import Mesh
+from slimlab.comm.base import Communicator
 from slimlab.parallel.pipeline import Pipeline
 from slimlab.parallel.pipeline_passes import ChunkPass
 from slimlab.parallel.schedules_zero_bubble import make_schedule
@@ -57,11 +57,14 @@ def owners_of(model: nn.Module, schedule: Schedule) -> dict[str, int]:
 
 
 def from_owners(
-    mesh: Mesh, owners: dict[str, int], shapes: dict[str, torch.Size], named: dict[str, Tensor]
+    group: Communicator,
+    owners: dict[str, int],
+    shapes: dict[str, torch.Size],
+    named: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Bring what the stages have to every rank of the pipeline.
 
-    mesh    of all ranks
+    group   of the stages
     owners  as owners_of returned them
     shapes  of the whole parameters, by name in the order of the whole model
     named   name -> whole tensor, of this stage's parameters
@@ -69,8 +72,7 @@ def from_owners(
 
     Communicates: one broadcast over the stages for each parameter.
     """
-    group, like = mesh.group("pipeline"), next(iter(named.values()))
-    found = {}
+    like, found = next(iter(named.values())), {}
     for name, shape in shapes.items():
         mine = owners[name] == group.rank
         tensor = named[name].contiguous() if mine else like.new_empty(shape)
