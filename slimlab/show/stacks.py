@@ -92,7 +92,10 @@ def waterfall_figure(
         left = 0.0 if label == "all" else start
         colour = GREY if label == "all" else SKY
         axes.barh(row, size, 0.7, left=left, color=colour, edgecolor="white")
-        axes.text(left + size, row, f" {size:.3g}", va="center", fontsize=8)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.text(
+            left + size + 0.01 * total, row, f"{size:.3g}", va="center", fontsize=8, bbox=white
+        )
         start += size
     for label, place in guides.items():
         axes.axvline(place, color=VERMILION, linestyle="--", label=label)
