@@ -113,7 +113,7 @@ def drawn_batch(counts, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return drawn(seed + 1, 4), rows, 2 * drawn(seed + 2, num_rows)
 
 
-def one_process(weights: Tensor, rows: Tensor, targets: Tensor, max_norm: float):
+def serial_step(weights: Tensor, rows: Tensor, targets: Tensor, max_norm: float):
     """Return mean loss and clipped gradient of all rows.
 
     weights, rows, targets, max_norm  as in the exercise
@@ -205,7 +205,7 @@ def mended(student, counts, max_norm: float, seed: int):
         return result, [name for now, before, name in pairs if not torch.equal(now, before)]
 
     results = run(program, len(counts), what)
-    loss, gradient = one_process(weights, rows, targets, max_norm)
+    loss, gradient = serial_step(weights, rows, targets, max_norm)
     for rank, (one, changed) in enumerate(results):
         label = f"{what}: rank {rank}"
         fits = isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Tensor)
@@ -239,8 +239,8 @@ def _(student, numbers):
     for counts in ((4, 2), (5, 2, 1), (6, 1)):
         weights, rows, targets = drawn_batch(counts, 30)
         parts = zip(rows.split(counts), targets.split(counts))
-        longest = max(one_process(weights, *part, 1e9)[1].norm().item() for part in parts)
-        whole = one_process(weights, rows, targets, 1e9)[1].norm().item()
+        longest = max(serial_step(weights, *part, 1e9)[1].norm().item() for part in parts)
+        whole = serial_step(weights, rows, targets, 1e9)[1].norm().item()
         mended(student, counts, (longest + whole) / 2, 30)
 
 

@@ -53,7 +53,7 @@ outer = Exercise(
 )
 
 
-def one_process(rounds: list, start: Tensor, lr: float, momentum: float) -> list[Tensor]:
+def serial_rounds(rounds: list, start: Tensor, lr: float, momentum: float) -> list[Tensor]:
     """Make outer steps in one process; return the weights after each.
 
     rounds        of each, per rank: how far it moved, and its tokens
@@ -118,7 +118,7 @@ def check_steps(student, world_size: int, rounds: list, lr: float, momentum: flo
         return found
 
     results = run(program, world_size, what)
-    for number, wanted in enumerate(one_process(rounds, first, lr, momentum)):
+    for number, wanted in enumerate(serial_rounds(rounds, first, lr, momentum)):
         for rank, found in enumerate(results):
             label = f"{what}: rank {rank} after round {number + 1}"
             expect_close(found[number], wanted, label, look, **ROUNDING)
@@ -217,7 +217,7 @@ def _(student, numbers):
         for moves in numbers["moves"]
     ]
     start = torch.tensor(float(numbers["start"])).double()
-    wanted = one_process(rounds, start, numbers["lr"], numbers["momentum"])
+    wanted = serial_rounds(rounds, start, numbers["lr"], numbers["momentum"])
     saw = function_of(student, "predicted_starts")()
     look = "your pencil calculation for numbers('8.5'); correct it once you know why"
     expect_close(saw, torch.stack(wanted), "predicted_starts()", look, **BY_HAND)

@@ -82,7 +82,7 @@ class Case:
             found.append((whole.float() / 64, num_tokens))
         return found
 
-    def one_process(self) -> list[Tensor]:
+    def serial_weights(self) -> list[Tensor]:
         """Train in one process; return the weights after each step."""
         master, settings = self.weights().double(), dict(self.settings)
         averages, found = [torch.zeros_like(master), torch.zeros_like(master)], []
@@ -121,7 +121,7 @@ def train_checked(student, case: Case, look: str):
         return state, found, comm.ledger.entries[begun:], max(held)
 
     results = run(program, case.world_size, str(case))
-    true = case.one_process()
+    true = case.serial_weights()
     for rank, (_, found, _, _) in enumerate(results):
         for number, (one, wanted) in enumerate(zip(found, true), start=1):
             what = f"{case}: rank {rank}'s weights after step {number}"
