@@ -1,12 +1,12 @@
 """Programs of the tests of hybrid parallelism: one model, many layouts, beside one process."""
 
 from parallel_cases import LR, NUM_STEPS, tiny_model, zero_gradient_names
-from tensor_cases import GPT, LLAMA, batch_of
+from tensor_cases import FIRST, GPT, LLAMA, batch_of
 
 from slimlab.parallel.hybrid import Hybrid
 from slimlab.plan.parallel_config import ParallelConfig
 
-MODELS = {"gpt": GPT, "llama": LLAMA}
+__all__ = ["FIRST", "GPT", "LLAMA"]
 BATCH_SIZE = 8
 
 

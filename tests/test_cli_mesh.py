@@ -97,7 +97,7 @@ def test_the_same_command_trains_under_a_launcher(launcher, layout, text, alone,
     [
         (["--dp", 3], ["batch_size = 8, data = 3", "choose --batch-size from 6, 12"]),
         (["--pp", 3], ["num_layers = 2, pipeline = 3", "give --pp 2 at most"]),
-        (["--tp", 3], ["3 ranks for num_heads = 2", "take a group of 2"]),
+        (["--tp", 3], ["3 ranks for num_heads = 2", "take --tp 2"]),
         (["--tp", 2, "--vocab-size", 291], ["vocab_size = 291", "--vocab-size 290 or 292"]),
         (["--pp", 2, "--zero", 3], ["zero_stage = 3, pipeline = 2", "give --zero 1"]),
         (["--dp", 2, "--micro-batch-size", 3], ["micro_batch_size = 3", "--batch-size from 6, 12"]),

@@ -42,14 +42,24 @@ def check_hybrid(model: nn.Module, parallel: ParallelConfig, world_size: int) ->
         'make one with build_model(ModelConfig(..., kind="decoder"))',
     )
     _check_stages(model.config, parallel)
-    layout = SEQUENCE_PARALLEL if parallel.sequence_parallel else TENSOR_PARALLEL
-    check_layout(model, layout, parallel.tensor, parallel.sequence_parallel)
+    _check_tensor(model, parallel)
     require(
         parallel.recompute in RECOMPUTE,
         f"recompute: {' or '.join(RECOMPUTE)}",
         f"recompute = {parallel.recompute!r}",
         'the models of this book compute whole blocks again: recompute="full"',
     )
+
+
+def _check_tensor(model: nn.Module, parallel: ParallelConfig) -> None:
+    layout = SEQUENCE_PARALLEL if parallel.sequence_parallel else TENSOR_PARALLEL
+    try:
+        check_layout(model, layout, parallel.tensor, parallel.sequence_parallel)
+    except InputError as error:
+        # Rules are not the caller's here, and the group has a name.
+        change = error.change.partition("; or leave the rule")[0]
+        change = change.replace("take a group of ", "take tensor=")
+        raise InputError(error.asked, error.given, change) from error
 
 
 def _check_stages(config: ModelConfig, parallel: ParallelConfig) -> None:
