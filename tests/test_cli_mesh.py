@@ -21,6 +21,7 @@ SMALL = [
     *("--d-model", 16, "--num-layers", 2, "--num-heads", 2, "--seq-len", 12, "--vocab-size", 290),
     *("--batch-size", 8, "--save-every", 4, "--validate-every", 4, "--device", "cpu"),
 ]
+WORDS = ["the", "cat", "and", "a", "dog", "sat", "or", "ran", "on", "under", "over", "our", "mat"]
 LAUNCHERS = {
     "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -31,9 +32,8 @@ LAUNCHERS = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    words = "the cat and a dog sat or ran on under over our mat".split()
     for name in range(6):
-        chosen = [[words[(name * 7 + i * i + j * 3 * i) % 13] for j in range(12)] for i in range(9)]
+        chosen = [[WORDS[(name * 7 + i * i + j * 3 * i) % 13] for j in range(12)] for i in range(9)]
         (folder / f"{name}.txt").write_text("\n\n".join(" ".join(some) for some in chosen))
     return folder
 
