@@ -90,7 +90,7 @@ def layout_of(given: dict, batch_size: int) -> ParallelConfig:
     return parallel
 
 
-def train_on_ranks(
+def train_by_layout(
     given: dict,
     corpus: "Corpus",
     out: Path,

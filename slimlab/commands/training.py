@@ -19,7 +19,7 @@ from slimlab.commands.mesh import (
     launched_rank,
     mesh_options,
     needs_ranks,
-    train_on_ranks,
+    train_by_layout,
 )
 from slimlab.config import InputError, TrainingConfig
 from slimlab.train import recipe
@@ -160,7 +160,7 @@ def train(
         if not launched_rank():
             click.echo(corpus.describe(), err=True)
         if needs_ranks(given):
-            result, prints = train_on_ranks(given, corpus, out, config, options)
+            result, prints = train_by_layout(given, corpus, out, config, options)
         else:
             result, prints = _train_alone(corpus, out, config, options), True
     if prints:
