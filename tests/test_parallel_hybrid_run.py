@@ -10,6 +10,7 @@ from parallel_cases import tiny_model
 from slimlab.comm.launch import run_ranks
 from slimlab.comm.report import RankError
 from slimlab.config import TrainingConfig
+from slimlab.model.tensor_files import read_tensors
 from slimlab.parallel.hybrid_loop import train_on_mesh
 from slimlab.plan.parallel_config import ParallelConfig
 from slimlab.train.history import read_history
@@ -55,6 +56,13 @@ def train_until(comm, parallel, end, folder, config=CONFIG, **options):
     return history.losses, history.validation, said, run.hybrid.full_weights()
 
 
+def train_with_dropout(comm, parallel, end, folder):
+    train_on_mesh(
+        tiny_model(**GPT | {"dropout": 0.2}), Text(end), replace(CONFIG, num_steps=4), comm,
+        ParallelConfig(**parallel), run_folder=folder, show=False, say=lambda _: None,
+    )  # fmt: skip
+
+
 def train_alone(folder, end=None, say=print):
     model = tiny_model(**GPT)
     history = train(
@@ -93,6 +101,18 @@ def test_a_run_goes_on_under_other_layouts_and_in_one_process_with_its_curve_joi
         if name.endswith("k_proj.bias"):
             continue  # without a gradient but for rounding
         assert torch.allclose(results[0][3][name], param, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS[:2], ids=["ZeRO 1", "sequence and pipeline"])
+def test_a_run_with_dropout_that_was_killed_goes_on_bit_for_bit_in_its_layout(parallel, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_ranks(train_with_dropout, 4, args=(parallel, None, whole))
+    with pytest.raises(RankError):
+        run_ranks(train_with_dropout, 4, args=(parallel, 3, killed))
+    run_ranks(train_with_dropout, 4, args=(parallel, None, killed))
+    assert read_history(killed).losses == read_history(whole).losses
+    left, right = (read_tensors(one / "step_00000004/model.safetensors") for one in (whole, killed))
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_names_the_layout_that_saved_it_and_is_refused_with_other_settings(tmp_path):
