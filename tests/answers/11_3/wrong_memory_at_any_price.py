@@ -1,0 +1,51 @@
+from dataclasses import replace
+
+from slimlab.classroom.check import numbers
+from slimlab.plan.hardware import find_cluster
+from slimlab.plan.layout_memory import rank_bytes
+from slimlab.plan.parallel_config import ParallelConfig
+
+
+def given_cluster(hardware):
+    """The cluster of part 3: hosts of 4 GPUs, half the network."""
+    cluster = find_cluster(hardware)
+    return replace(cluster, gpus_per_host=4, network_bytes_per_s=cluster.network_bytes_per_s / 2)
+
+
+def what_binds(config, parallel, num_gpus, batch_size, limit_bytes):
+    """What holds this layout back, in a word."""
+    cut = config.num_heads, config.d_ff
+    if parallel.world_size != num_gpus:
+        return "gpus"
+    if any(size % parallel.tensor for size in cut):
+        return "heads"
+    if config.num_layers % parallel.pipeline:
+        return "layers"
+    if batch_size % (parallel.data * parallel.micro_batch_size):
+        return "batch"
+    items = rank_bytes(config, parallel, batch_size)
+    if sum(items.get(kind, 0) for kind in ("weights", "gradients", "optimizer")) > limit_bytes:
+        return "state"
+    return "activations" if sum(items.values()) > limit_bytes else "nothing"
+
+
+def what_helps(config, parallel, batch_size, limit_bytes):
+    """The single changes that make a layout fit."""
+    changes = {"micro_batch_size": 1, "recompute": "full", "sequence_parallel": True}
+    changes["zero_stage"] = 1
+
+    def fits(name, value):
+        changed = replace(parallel, **{name: value})
+        return sum(rank_bytes(config, changed, batch_size).values()) <= limit_bytes
+
+    return [
+        name
+        for name, value in changes.items()
+        if getattr(parallel, name) != value and fits(name, value)
+    ]
+
+
+def my_layout():
+    """A ParallelConfig for your model and cluster."""
+    gpus = numbers("11.3")["num_gpus"]
+    return ParallelConfig(gpus // 32, 8, 4, recompute="full", sequence_parallel=True, zero_stage=1)
