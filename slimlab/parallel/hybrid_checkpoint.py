@@ -222,20 +222,7 @@ def _open_for(hybrid: Hybrid, path: Path) -> PartSource:
         "load the weights into the model before it is cut",
     )
     mine = [names for names, _ in hybrid.groups]
-    given = [one["params"] for one in source.groups]
-    require(
-        given == mine,
-        f"an optimizer state of {sum(map(len, mine))} parameters in {len(mine)} groups",
-        f"{path}: {sum(map(len, given))} in {len(given)} groups, or others, or another order",
-        "freeze the same parameters as in the run that saved",
-    )
-    kinds = kept_kinds(hybrid.optimizer)
-    require(
-        source.kinds in ([], kinds),
-        f"a state of {', '.join(kinds) or 'an optimizer without a memory'}",
-        f"{path}: {', '.join(source.kinds)}",
-        "give the optimizer of the run that saved",
-    )
+    source.check_optimizer(mine, kept_kinds(hybrid.optimizer), "freeze the same parameters")
     return source
 
 

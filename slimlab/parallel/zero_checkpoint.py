@@ -209,20 +209,9 @@ def _open_for(zero: Sharded, path: Path) -> Source:
     source = Source(path)
     check_state(zero.model, source.shapes, str(path))
     if source.groups is not None:
-        given, mine = [one["params"] for one in source.groups], [g for g in _group_names(zero) if g]
-        require(
-            given == mine,
-            f"an optimizer state of {sum(map(len, mine))} parameters in {len(mine)} groups",
-            f"{path}: {sum(map(len, given))} in {len(given)} groups, or others, or another order",
-            "freeze the same parameters, and give decay_embeddings as in the run that saved",
-        )
-        kinds = kept_kinds(zero.optimizer)
-        require(
-            source.kinds in ([], kinds),
-            f"a state of {', '.join(kinds) or 'an optimizer without a memory'}",
-            f"{path}: {', '.join(source.kinds)}",
-            "give the optimizer of the run that saved",
-        )
+        mine = [names for names in _group_names(zero) if names]
+        same = "freeze the same parameters, and give decay_embeddings"
+        source.check_optimizer(mine, kept_kinds(zero.optimizer), same)
     return source
 
 

@@ -71,6 +71,30 @@ class Source:
         """Whether ranks wrote it, each its shard."""
         return self.state["format"] == FORMAT
 
+    def check_optimizer(self, mine: list[list[str]], kinds: list[str], same: str) -> None:
+        """Refuse an optimizer's state of other parameters, or of another optimizer.
+
+        mine   names of the parameters in each group of the optimizer that is to be filled
+        kinds  names of what it keeps for each element
+        same   what must be as in the run that saved, so that the groups are equal
+
+        Raises InputError.
+        """
+        given = [one["params"] for one in self.groups]
+        require(
+            given == mine,
+            f"an optimizer state of {sum(map(len, mine))} parameters in {len(mine)} groups",
+            f"{self.path}: {sum(map(len, given))} in {len(given)} groups, or others, or another "
+            "order",
+            f"{same} as in the run that saved",
+        )
+        require(
+            self.kinds in ([], kinds),
+            f"a state of {', '.join(kinds) or 'an optimizer without a memory'}",
+            f"{self.path}: {', '.join(self.kinds)}",
+            "give the optimizer of the run that saved",
+        )
+
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Read some elements of a parameter, or of what an optimizer keeps for them.
 
