@@ -10,7 +10,6 @@ Production systems score with gradients or with the second moment of the inputs 
 they train.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -206,4 +205,4 @@ def _check_none_empty(scores: Mapping[str, Tensor], parts: list[Tensor], sparsit
 def _sparsity_text(n_pruned: int, n_all: int) -> str:
     """Write n_pruned / n_all with four decimals or as many as it takes, never rounded up."""
     digits = max(4, len(str(n_all)))
-    return f"{math.floor(10**digits * n_pruned / n_all) / 10**digits:.{digits}g}"
+    return f"{10**digits * n_pruned // n_all / 10**digits:.{digits}g}"
