@@ -306,6 +306,24 @@ def test_a_second_replica_of_one_model_works_after_the_first_was_closed():
     assert run_ranks(program, 2) == [2, 2]
 
 
+def test_a_replica_that_is_closed_makes_no_gradients_and_says_so():
+    def program(comm):
+        replica = DataParallel(tiny_model(), comm)
+        replica.close()
+        replica.close()
+        before, part = comm.ledger.num_calls(), my_part(comm, 0)
+        for call in (
+            lambda: replica.gradients(part, causal_objective),
+            lambda: replica.backward(*causal_objective(replica.model, part)),
+            replica.begin_passes,
+        ):
+            with pytest.raises(InputError, match=r"after close\(\)"):
+                call()
+        return comm.ledger.num_calls() - before
+
+    assert run_ranks(program, 2) == [0, 0]
+
+
 def test_a_step_that_was_given_up_leaves_nothing_behind():
     def program(comm):
         model, calls = tiny_model(), []

@@ -496,6 +496,15 @@ def test_a_model_that_is_closed_is_whole_and_computes_alone():
         loss_sum, _ = causal_objective(model, tiny_batch(1))
         loss_sum.backward()
         assert all(param.grad is not None for param in model.parameters())
+        for call in (
+            lambda: sharded.gradients(my_part(comm, 0), causal_objective),
+            sharded.step,
+            lambda: sharded.clip(1.0),
+            lambda: sharded.save("nowhere", 1),
+            lambda: sharded.load("nowhere"),
+        ):
+            with pytest.raises(InputError, match=r"after close\(\)"):
+                call()
         assert comm.ledger.num_calls() == before
         return all(bool((weights[n] == p).all()) for n, p in model.named_parameters())
 

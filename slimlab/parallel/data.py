@@ -84,12 +84,14 @@ class DataParallel:
     def _connect(self, model: nn.Module, comm: Communicator, buckets: GradientBuckets) -> None:
         # slimlab.parallel.zero brings buckets of its own, with the same methods.
         self.model, self.comm, self.buckets = model, comm, buckets
-        self._sync, self._new_step = True, True
+        self._sync, self._new_step, self._is_closed = True, True, False
         self._loss_sum, self._num_tokens = 0.0, 0
 
     def close(self) -> None:
         """Leave the model alone from now on; its weights and gradients stay as they are."""
-        self.buckets.close()
+        if not self._is_closed:
+            self.buckets.close()
+        self._is_closed = True
 
     def backward(
         self,
@@ -111,8 +113,10 @@ class DataParallel:
 
         Communicates: one all_reduce per bucket, or the calls of the compressor, and one of a few
         numbers; nothing inside no_sync.
-        Raises InputError, on every rank, if no rank has a token, or a gradient is not finite.
+        Raises InputError, on every rank, if no rank has a token, or a gradient is not finite; and
+        after close().
         """
+        self._check_open("backward")
         check_number("num_tokens", int(num_tokens), int, 0, float("inf"))
         if self._new_step:
             self.begin_passes()
@@ -140,6 +144,7 @@ class DataParallel:
 
         Communicates: nothing.
         """
+        self._check_open("begin_passes")
         self.buckets.begin_step()
         self._loss_sum, self._num_tokens, self._new_step = 0.0, 0, False
 
@@ -190,6 +195,7 @@ class DataParallel:
         Communicates: what backward does, once.
         Raises InputError as backward does.
         """
+        self._check_open("gradients")
         pieces = [] if is_empty(batch) else split_batch(batch, micro_batch_size)
         try:
             for number, piece in enumerate(pieces, start=1):
@@ -201,6 +207,14 @@ class DataParallel:
             self._new_step = True  # what was added up belongs to no step
             raise
         return result if pieces else self.backward(None, 0)
+
+    def _check_open(self, what: str) -> None:
+        require(
+            not self._is_closed,
+            f"a {type(self).__name__} for {what}() that is not closed",
+            "one after close(), which leaves the model alone",
+            "make another of the model",
+        )
 
     def _finish_step(self) -> tuple[Tensor, int]:
         self.buckets.send_rest()

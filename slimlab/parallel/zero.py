@@ -59,8 +59,7 @@ class Zero(DataParallel):
     num_steps     updates made
 
     Communicates: what broadcast_model does; close(), in stage 3, one all_gather per row.
-    Raises InputError if the ranks' models differ, nothing is to be trained, or for settings out of
-    range.
+    Raises InputError if the ranks' models differ, nothing is to be trained, or a setting is wrong.
     """
 
     def __init__(
@@ -97,12 +96,11 @@ class Zero(DataParallel):
             trained = [flat for some in reversed(flats) for flat in some]
             buckets = ShardedGradients(trained, stage, check_finite)
         self._connect(model, comm, buckets)
-        self._has_gradients = False
+        self._has_gradients, self.num_steps = False, 0
         shards = [{"params": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
         for flat in buckets.flats:
             flat.make_pieces(*(group["params"] for group in shards))
         self.optimizer = optimizer_of_groups(optimizer, shards, **settings)
-        self.num_steps = 0
 
     def backward(
         self,
@@ -126,6 +124,7 @@ class Zero(DataParallel):
         Raises InputError, on every rank, if no rank has a token, a gradient is not finite, or a
         parameter has none on any rank.
         """
+        self._check_open("backward")
         self._has_gradients = False
         try:
             if loss_sum is None:
@@ -157,6 +156,8 @@ class Zero(DataParallel):
         most; there, given a micro_batch_size, one all_reduce of a number before.
         Raises InputError as backward does.
         """
+        self._check_open("gradients")
+        choices = {"context": context, "scale": scale}
         if self.stage > 1 and micro_batch_size is not None:
             mine = 1 if is_empty(batch) else len(split_batch(batch, micro_batch_size))
             number = torch.tensor([mine], device=self.comm.device)
@@ -164,7 +165,6 @@ class Zero(DataParallel):
             with self.no_sync():
                 for _ in range(missing):
                     self.backward(None, 0)
-        choices = {"context": context, "scale": scale}
         try:
             return super().gradients(batch, objective, micro_batch_size, **choices)
         except BaseException:
@@ -230,6 +230,7 @@ class Zero(DataParallel):
         Raises InputError, on every rank, if a whole checkpoint of this step is there already, or a
         rank cannot write; the last good checkpoint is then untouched.
         """
+        self._check_open("save")
         return save_shards(self, folder, step, extra or {}, keep)
 
     def load(self, path: str | os.PathLike, say: Callable[[str], None] = print) -> tuple[int, dict]:
@@ -245,6 +246,7 @@ class Zero(DataParallel):
         Raises InputError, on every rank, for what is no checkpoint, damaged, or of another model,
         with the names; nothing is then changed.
         """
+        self._check_open("load")
         source = load_shards(self, path, say)
         self._has_gradients, self._new_step = False, True
         self.buckets.renew_weights()
@@ -289,6 +291,7 @@ class Zero(DataParallel):
         return result
 
     def _check_gradients(self, what: str) -> None:
+        self._check_open(what)
         require(
             self._has_gradients,
             f"gradients before {what}()",
