@@ -155,6 +155,7 @@ class Int8Linear(_IntegerLinear):
         )
         asked, change = f"at most {MAX_FEATURES:,} columns", "split the layer by columns"
         require(self.in_features <= MAX_FEATURES, asked, f"{self.in_features:,}", change)
+        self.input_range = input_range
         scale = zero_point = None
         if input_range is not None:
             low, high = input_range
