@@ -1,5 +1,6 @@
 """Sharded checkpoints: other ranks, other stages, one process; what is damaged or of others."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -290,6 +291,31 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(tmp_path):
     (newest / "shard_00000_of_00002.safetensors").unlink()
     (text,) = set(run_ranks(refused, 2))
     assert "shard_00000_of_00002.safetensors is missing" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"files": {}}, "state.json does not list shard_00000_of_00002"),
+        ({"files": None}, "state.json has no files"),
+        ({"step": "5"}, "state.json has no step"),
+        ({"groups": None}, "state.json has no groups"),
+        ({"world_size": 0}, "state.json does not list shard_00000_of_00000"),
+        ({"world_size": 3}, "state.json does not list shard_00000_of_00003"),
+    ],
+)
+def test_a_checkpoint_whose_state_lacks_something_is_passed_over(changes, text, tmp_path):
+    def saves(comm):
+        zero = sharded_model(comm)
+        return [zero.save(tmp_path, step) for step in (2, 5)]
+
+    file = run_ranks(saves, 2)[0][1] / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    said = []
+    steps = run_ranks(lambda comm: sharded_model(comm).load(tmp_path, said.append)[0], 2)
+    assert steps == [2, 2]
+    assert len(said) == 1
+    assert text in said[0]
 
 
 def refusal(comm, path, make):

@@ -28,6 +28,11 @@ from slimlab.train.checkpoint_folder import (
 
 FORMAT, VERSION = "slimlab sharded checkpoint", 1
 WEIGHTS = "weights"  # the kind of tensor that is no optimizer's
+# What state.json must hold, beside format and version.
+CONTENT = {
+    "step": int, "world_size": int, "num_steps": int, "extra": dict, "tensors": dict,
+    "files": dict, "shard_sizes": list, "kinds": list, "groups": list,
+}  # fmt: skip
 
 
 class Source:
@@ -233,7 +238,15 @@ def is_whole(path: Path) -> bool:
 def _problem_of(path: Path, state: dict) -> str | None:
     if state.get("version") != VERSION:
         return f"it is of version {state.get('version')}, this program knows {VERSION}"
-    for name, one in state["files"].items():
+    for key, kind in CONTENT.items():
+        if not isinstance(state.get(key), kind):
+            return f"state.json has no {key}"
+    files, world_size = state["files"], state["world_size"]
+    for rank in range(max(1, world_size)):
+        name = shard_name(rank, world_size)
+        one = files.get(name)
+        if not (isinstance(one, dict) and {"bytes", "sha256"} <= one.keys()):
+            return f"state.json does not list {name}"
         if problem := problem_of_file(path / name, one["bytes"], one["sha256"]):
             return f"{name} {problem}"
     return None
