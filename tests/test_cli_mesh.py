@@ -13,6 +13,7 @@ from comm_runtimes import MPIRUN, why_not
 from slimlab.cli import main
 from slimlab.comm.launch import BACKENDS
 from slimlab.commands import mesh
+from slimlab.demos import common
 from slimlab.train.history import read_history
 from slimlab.train.text_model import load_text_model
 
@@ -130,6 +131,22 @@ def test_a_mesh_of_other_ranks_than_a_launcher_started_is_refused_by_the_first_a
     monkeypatch.setenv("PMI_RANK", "1")
     other = run(text, "--out", tmp_path, "--steps", 2)
     assert (other.exit_code, other.output) == (2, "")
+
+
+def test_a_run_that_is_stopped_says_where_it_will_go_on(text, tmp_path, monkeypatch):
+    train = common.run_demo
+
+    def stopped(*args, **options):
+        if "trained" in str(args):
+            train(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "run_demo", stopped)
+    for name, words in (("none", "before the first checkpoint"), ("trained", "step_00000004, and")):
+        result = run(text, "--out", tmp_path / name, "--steps", 4, "--dp", 2)
+        assert result.exit_code == 130
+        assert result.output.count("slimlab: stopped") == 1
+        assert words in result.output
 
 
 def test_the_backends_are_those_of_run_ranks():

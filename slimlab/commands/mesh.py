@@ -5,10 +5,12 @@ torchrun every rank runs the command, and rank 0 speaks. Production trainers kno
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +109,7 @@ def train_by_layout(
     returns  its result on rank 0, and whether this process is to print it
 
     Raises what run_ranks, connect and train_text_on_mesh raise; an InputError of a rank as it is.
+    Ctrl-C ends the process, with exit code 130, after a line that says where the run will go on.
     """
     from slimlab.comm.report import RankError
     from slimlab.demos.common import run_demo
@@ -130,6 +133,20 @@ def train_by_layout(
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from error
         raise
+    except KeyboardInterrupt:
+        if not launched_rank():
+            click.echo(f"slimlab: {_stopped(out)}", err=True)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _stopped(out: Path) -> str:
+    """Say what a run that Ctrl-C has ended left behind."""
+    from slimlab.train.checkpoint_folder import latest
+
+    found = latest(out, partial(click.echo, err=True)) if out.is_dir() else None
+    if found is None:
+        return "stopped before the first checkpoint"
+    return f"stopped; the last checkpoint is {found}, and the same command goes on with it"
 
 
 @contextmanager
