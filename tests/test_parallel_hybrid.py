@@ -255,6 +255,18 @@ def test_what_does_not_fit_is_refused_by_every_rank_with_the_nearest(parallel, c
     assert all(word in texts[0] for word in words), texts[0]
 
 
+def test_a_stage_that_is_frozen_as_a_whole_is_refused_by_every_rank_before_it_communicates():
+    def program(comm):
+        model = tiny_model(**GPT)
+        for name, param in model.named_parameters():
+            param.requires_grad_(not name.startswith(("embedding", "blocks.0")))
+        with pytest.raises(InputError, match="2 stages, none on stage 0"):
+            Hybrid(model, comm, ParallelConfig(pipeline=2), lr=0.1)
+        return len(comm.ledger.entries)
+
+    assert run_ranks(program, 2) == [0, 0]
+
+
 def test_another_objective_and_another_model_are_refused():
     def program(comm):
         hybrid = make_hybrid(comm, {"data": 2})

@@ -33,6 +33,7 @@ from slimlab.parallel.data_replicas import broadcast_model
 from slimlab.parallel.hybrid_checks import RECOMPUTE, check_hybrid, share_bounds
 from slimlab.parallel.hybrid_gradients import all_gradients, check_all_finite, square_of_own
 from slimlab.parallel.hybrid_stages import (
+    check_stages_train,
     from_owners,
     owners_of,
     schedule_for,
@@ -101,6 +102,8 @@ class Hybrid:
         settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         settings |= {"momentum": momentum}
         make_optimizer(optimizer, model, **settings)  # refuses wrong settings first
+        if parallel.pipeline > 1:
+            check_stages_train(model, schedule_for(parallel, num_micro_batches=1))
         self.groups = [
             (group["param_names"], bool(group["weight_decay"]))
             for group in parameter_groups(model, weight_decay=1.0)

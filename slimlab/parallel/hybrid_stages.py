@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimlab.comm.base import Communicator
+from slimlab.config import require
 from slimlab.parallel.pipeline import Pipeline
 from slimlab.parallel.pipeline_passes import ChunkPass
 from slimlab.parallel.schedules_zero_bubble import make_schedule
@@ -54,6 +55,25 @@ def owners_of(model: nn.Module, schedule: Schedule) -> dict[str, int]:
         part = stage_of(model, schedule, stage)
         owners |= {name: stage for name, _ in part.named_parameters()}
     return owners
+
+
+def check_stages_train(model: nn.Module, schedule: Schedule) -> None:
+    """Refuse a model that has nothing to train on some stage.
+
+    model     a whole decoder
+    schedule  says which layers are where
+
+    Raises InputError, on every rank alike, that names the stages.
+    """
+    stages = range(schedule.num_stages)
+    parts = [stage_of(model, schedule, stage).parameters() for stage in stages]
+    idle = [s for s in stages if not any(param.requires_grad for param in parts[s])]
+    require(
+        not idle,
+        "parameters that require a gradient on every stage",
+        f"{schedule.num_stages} stages, none on stage {', '.join(map(str, idle))}",
+        "unfreeze some, param.requires_grad_(True), or give pipeline=1 and more data or tensor",
+    )
 
 
 def from_owners(
