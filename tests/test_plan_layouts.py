@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimlab.cli import main
+from slimlab.commands import planning
 from slimlab.config import InputError, ModelConfig
 from slimlab.parallel.schedules import gpipe, interleaved, one_forward_one_backward
 from slimlab.plan.hardware import find_cluster
@@ -402,6 +403,13 @@ def test_the_command_draws_a_step(tmp_path):
     result = plan("--timeline", tmp_path / "step.txt")
     assert result.exit_code == 2
     assert "one of .svg, .png, .pdf" in result.output
+
+
+def test_a_figure_in_a_folder_that_is_none_is_refused_before_the_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_search", None)
+    result = plan("--timeline", tmp_path / "none" / "step.svg")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'none'}, none" in result.output
 
 
 def test_the_command_lists_constants_with_their_sources():

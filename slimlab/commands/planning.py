@@ -129,6 +129,8 @@ def _check(top: int, tokens: float | None, timeline: Path | None, seq_len: int |
         check_size("seq_len", seq_len)
     if timeline is not None:
         check_choice("the ending of the timeline's file", timeline.suffix, (".svg", ".png", ".pdf"))
+        parent = timeline.parent
+        require(parent.is_dir(), "a folder for the figure", f"{parent}, none", "name another file")
     if tokens is not None:
         check_number("tokens", tokens, float, 0, float("inf"), above=True)
 
