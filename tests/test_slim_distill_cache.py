@@ -9,7 +9,10 @@ from distill_cases import TEXT, V, student, teacher
 from parallel_cases import copy_of_grads
 from safetensors.torch import load_file
 
+from slimlab.comm.launch import run_ranks
 from slimlab.config import InputError, TrainingConfig
+from slimlab.parallel.data import DataParallel
+from slimlab.parallel.tensor import tensor_parallel
 from slimlab.slim.distill import DistillationObjective
 from slimlab.slim.distill_cache import TABLE, TENSORS, cache_teacher, load_teacher_cache
 from slimlab.train.accumulate import accumulate_gradients
@@ -130,6 +133,45 @@ def test_the_cache_of_another_text_or_teacher_is_refused_and_named(tmp_path):
             load_teacher_cache(tmp_path / "soft", ids, teacher())
     with pytest.raises(InputError, match="of this teacher"):
         load_teacher_cache(tmp_path / "soft", TEXT, student())
+
+
+def with_replicas(comm, cache):
+    model, batch = student(seed=1 + comm.rank), cache.batches(5)(0)
+    part = tuple(one[:2] if comm.rank == 0 else one[2:] for one in batch)
+    loss, count = DataParallel(model, comm).gradients(part, cache.objective(soft_weight=0.7))
+    return float(loss), count, copy_of_grads(model)
+
+
+def test_replicas_share_a_cache_and_equal_one_process(tmp_path):
+    cache, model = cached(tmp_path, 4), student()
+    objective = cache.objective(soft_weight=0.7)
+    expected, _ = accumulate_gradients(model, cache.batches(5)(0), objective)
+    for loss, count, grads in run_ranks(with_replicas, 2, args=(cache,)):
+        assert (loss, count) == (pytest.approx(float(expected), rel=1e-12), 25)
+        for name, grad in copy_of_grads(model).items():
+            assert torch.allclose(grads[name], grad, rtol=1e-9, atol=1e-14), name
+
+
+def with_cut_student(comm, cache):
+    model = tensor_parallel(student(vocab_size=12), comm)
+    return float(cache.objective(soft_weight=0.7)(model, cache.batches(3)(0))[0])
+
+
+def test_a_student_cut_over_ranks_reads_the_cache_too(tmp_path):
+    cache = cached(tmp_path, 4, big=teacher(vocab_size=12))
+    whole = cache.objective(soft_weight=0.7)(student(vocab_size=12), cache.batches(3)(0))
+    for loss in run_ranks(with_cut_student, 2, args=(cache,)):
+        assert loss == pytest.approx(float(whole[0]), rel=1e-12)
+
+
+def cache_of_cut_teacher(comm, folder):
+    with pytest.raises(InputError, match="whole on this rank"):
+        cached(folder, 2, big=tensor_parallel(teacher(vocab_size=12, num_heads=2), comm))
+
+
+def test_a_teacher_cut_over_ranks_is_not_cached_in_parts(tmp_path):
+    run_ranks(cache_of_cut_teacher, 2, args=(tmp_path,))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_student_with_another_vocabulary_is_refused(tmp_path):

@@ -2,8 +2,8 @@
 
 Chapter 13 uses it. An objective takes the place of the ordinary one, so everything that trains a
 model trains a student too: slimlab.train.loop.train, accumulate_gradients and DataParallel, whose
-ranks each run the whole teacher on their own part of the batch. A teacher that tensor_parallel has
-cut works as well; its ranks must then be given the same batch.
+ranks each run the whole teacher on their own part of the batch. A teacher or a student that
+tensor_parallel has cut works as well; the ranks that share it must then be given the same batch.
 
 Four steps: the teacher's logits without gradient, the student's with, the divergence between them
 (distill_losses.py), and the gradient of the student alone.
@@ -81,8 +81,10 @@ class DistillationObjective:
 
         model    the student: inputs -> logits (..., V)
         batch    inputs and targets; optionally document_ids, as in causal_objective
-        returns  loss sum in nats, number of targets
+        returns  loss sum in nats, number of targets; the same on all ranks that share a model
 
+        Communicates: nothing for whole models; for each that tensor_parallel has cut what its
+        layers do, and one all_gather of the logits.
         Raises InputError if the vocabularies differ, the student shares weights with the teacher,
         the teacher's logits are not finite, and as distillation_loss does.
         """
@@ -95,11 +97,15 @@ class DistillationObjective:
         wanted = {"hidden": self.hidden_weight > 0, "attention": self.attention_weight > 0}
         with torch.no_grad():
             said = run_model(self.teacher, inputs, given, **wanted)
-            teacher_logits = _whole(self.teacher, said.logits)
+            teacher_logits = join_logits(self.teacher, said.logits)
         soft = soft_targets(teacher_logits, distill_temperature=self.distill_temperature)
         found = run_model(model, inputs, given, **wanted)
         loss_sum, num_tokens = distillation_loss(
-            found.logits, targets, soft, soft_weight=self.soft_weight, divergence=self.divergence
+            join_logits(model, found.logits),
+            targets,
+            soft,
+            soft_weight=self.soft_weight,
+            divergence=self.divergence,
         )
         if wanted["hidden"]:
             distance = hidden_loss(found.hidden, said.hidden, targets)
@@ -174,9 +180,16 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     )
 
 
-def _whole(teacher: nn.Module, logits: Tensor) -> Tensor:
-    """Put the parts of the logits together where ranks share the teacher's vocabulary."""
-    shared = getattr(teacher, "tensor_parallel", None)
-    if shared is None or logits.shape[-1] == teacher.config.vocab_size:
+def join_logits(model: nn.Module, logits: Tensor) -> Tensor:
+    """Put the parts of the logits together where ranks share a model's vocabulary.
+
+    model    whole, or one that tensor_parallel has cut
+    logits   (..., V), or this rank's part of them
+    returns  (..., V), the same on every rank
+
+    Communicates: one all_gather if there are parts.
+    """
+    shared = getattr(model, "tensor_parallel", None)
+    if shared is None or logits.shape[-1] == model.config.vocab_size:
         return logits
     return gather_from_ranks(logits, shared.group, dim=-1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from slimlab.config import InputError, check_choice, check_number, require
 from slimlab.model.tensor_files import read_tensors, sync, write_tensors
 from slimlab.model.transformer import device_of
-from slimlab.slim.distill import fingerprint
+from slimlab.slim.distill import fingerprint, join_logits
 from slimlab.slim.distill_losses import (
     DIVERGENCES,
     SoftTargets,
@@ -105,10 +105,11 @@ class CachedObjective:
         batch    inputs, targets, log_probs, ids and, unless all tokens were kept, log_rest
         returns  loss sum in nats, number of targets
 
+        Communicates: as DistillationObjective does.
         Raises InputError if the student has another vocabulary.
         """
         inputs, targets, *tensors = batch
-        logits = model(inputs)
+        logits = join_logits(model, model(inputs))
         require(
             logits.shape[-1] == self.about["vocab_size"],
             "one vocabulary of student and teacher",
