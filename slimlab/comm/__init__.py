@@ -4,7 +4,7 @@ A map for readers. Chapter 07 needs the first two rooms; the others are there so
 runs anywhere and ends in time whatever goes wrong.
 
 What a program sees     base (the Communicator), messages, reductions, calls, parts, groups; launch
-                        (run_ranks), connect (for programs that mpirun, srun or torchrun has started)
+                        (run_ranks), connect (for programs that mpirun, srun or torchrun starts)
 Written by hand         collectives, and its kinds: _ring, _tree, _recursive, _pairwise, _hosts,
                         _direct; _shared is what they have in common
 Counted, drawn, slowed  ledger, trace, trace_data, events, clocks; network (dialled: every message
@@ -14,7 +14,7 @@ Ranks over MPI          mpi, mpi_buffers, mpi_messages, mpi_transport, mpi_compa
                         mpi_stub, mpirun
 torch.distributed       distributed, gloo_messages, torch_carriers, torch_compare, torch_links,
                         torch_lookout, torch_memory
-On the way              wire (headers of messages), agree (ranks compare their calls), report (errors)
+On the way              wire (headers of messages), agree (ranks compare calls), report (errors)
 Starting processes      launchers, process_ranks, processes, rank_process, cells, shipping, outputs,
                         channel, interrupts
 Ending in time          watch and standing (in each rank), board and keeper (who knows of all),
