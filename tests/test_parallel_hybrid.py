@@ -54,6 +54,32 @@ def test_losses_gradients_and_weights_equal_one_process(name, expected):
         check_same_run(found, expected(GPT), zero_names(GPT))
 
 
+THREE_LAYERS = GPT | {"num_layers": 3}
+TWO_AND_THREE = {
+    "data 2": {"data": 2},
+    "tensor 2": {"tensor": 2, "sequence_parallel": True},
+    "pipeline 2": {"pipeline": 2},
+    "tensor 3": {"tensor": 3},
+    "pipeline 3": {"pipeline": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [(name, "threads") for name in TWO_AND_THREE]
+    + [("tensor 3", "mpich"), ("pipeline 3", "gloo"), ("pipeline 3", "mpich")],
+)
+def test_two_and_three_ranks_equal_one_process(name, runtime):
+    parallel = TWO_AND_THREE[name] | {"micro_batch_size": 2}
+    if runtime != "threads" and (reason := comm_runtimes.why_not(runtime)):
+        pytest.skip(reason)
+    true = serial_run(tiny_model(**THREE_LAYERS), batch_of=whole_batch)
+    with comm_runtimes.started_by(runtime) as backend:
+        results = run_ranks(train, int(name[-1]), backend=backend, args=(parallel, THREE_LAYERS))
+    for found in results:
+        check_same_run(found, true, zero_names(THREE_LAYERS))
+
+
 @pytest.mark.parametrize("choices", [GPT, LLAMA], ids=["gpt", "llama"])
 def test_eight_ranks_on_three_axes_equal_one_process(choices, expected):
     for found in run_ranks(train, 8, args=(EIGHT, choices)):
