@@ -76,13 +76,20 @@ def test_losses_gradients_and_weights_equal_one_process(world_size, way):
     check_runs(run_ranks(train, world_size, args=(WAYS[way],)))
 
 
-@pytest.mark.parametrize("runtime", ["gloo", "mpich", "openmpi"])
-@pytest.mark.parametrize("way", ["buckets", "buckets after the backward pass"])
-def test_processes_equal_one_process(runtime, way):
+def train_both_ways(comm):
+    return [train(comm, WAYS[way]) for way in ("buckets", "buckets after the backward pass")]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "world_size"),
+    [(runtime, n) for runtime in ("gloo", "mpich") for n in (1, 2, 3, 4)] + [("openmpi", 2)],
+)
+def test_processes_equal_one_process(runtime, world_size):
     if reason := comm_runtimes.why_not(runtime):
         pytest.skip(reason)
     with comm_runtimes.started_by(runtime) as backend:
-        check_runs(run_ranks(train, 2, backend=backend, args=(WAYS[way],)))
+        results = run_ranks(train_both_ways, world_size, backend=backend)
+    check_runs([found for ways in results for found in ways])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
