@@ -46,15 +46,10 @@ def compensated_rounding(
     Raises InputError for shapes that do not fit, numbers that are not finite, groups that do not
     divide. Frantar et al. 2022 (arXiv:2210.17323).
     """
-    shape, wanted = tuple(squares.shape), (weight.shape[-1],) * 2
-    fits = weight.dim() == 2 and shape == wanted
-    change = "record the inputs of this layer"
-    require(fits, f"squares {wanted}", f"{shape}, weight {tuple(weight.shape)}", change)
-    check_number("damping", damping, float, 0, 1, above=True)
-    check_finite(squares, "squares")
+    check_squares(weight, squares)
     nearest = quantize(weight, scheme)
     work = weight.detach().double().clone()
-    factor = _inverse_factor(squares.double(), damping)
+    factor = inverse_factor(squares, damping)
     scale, zero_point = nearest.scale.clone(), nearest.zero_point
     zero_point = None if zero_point is None else zero_point.clone()
     integers = nearest.integers.clone()
@@ -72,33 +67,64 @@ def compensated_rounding(
         before = work[:, column : column + 1]
         rounded = to_integers(before, own, zero, scheme)
         integers[:, column : column + 1] = rounded
-        error = before - from_integers(rounded, own, zero).double()
-        error = error / factor[column, column]
-        work[:, column + 1 :] -= error * factor[column, column + 1 :]
+        pass_error_on(work, factor, column, from_integers(rounded, own, zero).double())
     return Quantized(integers, scale, zero_point, scheme)
 
 
-def _inverse_factor(squares: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped inverse."""
-    squares = squares.clone()
+def check_squares(weight: Tensor, squares: Tensor) -> None:
+    """Refuse squares that are not those of the inputs of a layer.
+
+    weight   (O, I)
+    squares  (I, I) finite
+    """
+    shape, wanted = tuple(squares.shape), (weight.shape[-1],) * 2
+    fits = weight.dim() == 2 and shape == wanted
+    change = "record the inputs of this layer"
+    require(fits, f"squares {wanted}", f"{shape}, weight {tuple(weight.shape)}", change)
+    check_finite(squares, "squares")
+
+
+def inverse_factor(squares: Tensor, damping: float) -> Tensor:
+    """Return U, upper triangular, with U^T U the inverse of the damped squares.
+
+    squares  (I, I) the sum of x x^T; a column that was never used counts as one that is used by
+             itself, so that nothing is passed on from it
+    damping  this part of the mean of the diagonal is added to it, above 0
+    returns  (I, I) float64
+    """
+    check_number("damping", damping, float, 0, 1, above=True)
+    squares = squares.double().clone()
     diagonal = squares.diagonal()
-    diagonal[diagonal == 0] = 1  # a column that was never used is rounded to the nearest
+    diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def output_error(weight: Tensor, quantized: Quantized, squares: Tensor) -> float:
-    """Measure what rounding does to the outputs of a layer, |W X - Q X| / |W X|.
+def pass_error_on(work: Tensor, factor: Tensor, column: int, chosen: Tensor) -> None:
+    """Let the columns to come make up for what one column has become.
 
-    weight     (O, I)
-    quantized  of the same shape
-    squares    (I, I) the sum of x x^T
-    returns    a part; 0 if W X is 0
+    work    (O, I) float64, its columns after `column` are changed in place
+    factor  of inverse_factor
+    column  its number
+    chosen  (O, 1) what is put in its place: rounded, or zero
+    """
+    error = (work[:, column : column + 1] - chosen) / factor[column, column]
+    work[:, column + 1 :] -= error * factor[column, column + 1 :]
+
+
+def output_error(weight: Tensor, changed: Quantized | Tensor, squares: Tensor) -> float:
+    """Measure what rounding or pruning does to the outputs of a layer, |W X - Q X| / |W X|.
+
+    weight   (O, I)
+    changed  Q, of the same shape
+    squares  (I, I) the sum of x x^T
+    returns  a part; 0 if W X is 0
     """
     squares = squares.double()
     weight = weight.detach().double()
-    moved = weight - quantized.dequantize().double()
+    changed = changed.dequantize() if isinstance(changed, Quantized) else changed.detach()
+    moved = weight - changed.double()
     lost, whole = (float(((one @ squares) * one).sum()) for one in (moved, weight))
     return (max(lost, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
