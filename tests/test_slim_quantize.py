@@ -12,6 +12,7 @@ from slimlab.plan.quantized_size import QuantScheme
 from slimlab.slim.quantize import quantize_model
 from slimlab.slim.quantize_layers import Int8Linear, QuantizedEmbedding, QuantizedLinear
 from slimlab.slim.quantize_maps import quantize
+from slimlab.slim.quantize_training import train_quantized
 
 SIZES = {"vocab_size": 20, "seq_len": 8, "d_model": 16, "num_layers": 2, "num_heads": 2}
 SCHEMES = [
@@ -173,3 +174,19 @@ def test_weights_that_are_not_finite_or_not_float32_are_refused_by_name():
         quantize_model(model_of().bfloat16())
     with pytest.raises(InputError, match="linear layers or embeddings"):
         quantize_model(nn.LayerNorm(4))
+
+
+def test_groups_that_do_not_divide_every_layer_are_fitted_if_asked_for():
+    model, scheme = model_of(d_ff=12, feed_forward="swiglu"), QuantScheme(4, True, "group", 8)
+    with pytest.raises(InputError, match="remainder 4"):
+        quantize_model(model, scheme)
+    small = quantize_model(model, scheme, fit_groups=True)
+    sizes = {one.table.shape[1]: one.table.scheme.quant_group_size for one in layers_of(small)}
+    assert sizes == {16: 8, 12: 6}
+    pretending = train_quantized(copy.deepcopy(model), scheme, fit_groups=True).eval()
+    with torch.no_grad():
+        assert torch.equal(pretending(ids_of()), small(ids_of()))
+
+
+def layers_of(small):
+    return [one for one in small.modules() if isinstance(one, QuantizedLinear)]

@@ -9,7 +9,7 @@ zero points, in the order in which a GPU kernel reads them.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from slimlab.config import check_choice, check_size, require
@@ -101,8 +101,7 @@ class QuantScheme:
         if self.granularity == "channel":
             return (*shape[:-1], 1)
         size, columns = self.quant_group_size, shape[-1]
-        fitting = [n for n in range(1, columns + 1) if columns % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - size))
+        nearest = self.fitted(columns).quant_group_size
         require(
             columns % size == 0,
             f"a quant_group_size that divides the last dimension, {columns}",
@@ -110,6 +109,17 @@ class QuantScheme:
             f"the nearest that divides is {nearest}",
         )
         return (*shape[:-1], columns // size)
+
+    def fitted(self, columns: int) -> "QuantScheme":
+        """Return the scheme whose groups divide a row; itself without groups.
+
+        columns  numbers in a row: the group becomes its nearest divisor, the smaller of two
+        """
+        if self.granularity != "group":
+            return self
+        fitting = [n for n in range(1, columns + 1) if columns % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - self.quant_group_size))
+        return replace(self, quant_group_size=nearest)
 
 
 def packed_columns(num_columns: int, num_bits: int) -> int:

@@ -52,6 +52,7 @@ def quantize_model(
     smoothing: float | None = None,
     outlier_threshold: float | None = None,
     skip: Iterable[str] = (),
+    fit_groups: bool = False,
 ) -> nn.Module:
     """Return a copy of a model whose linear layers and embeddings are quantized.
 
@@ -68,6 +69,7 @@ def quantize_model(
     smoothing          the strength, see smoothing_factors; None: no smoothing
     outlier_threshold  see outlier_columns; None: no outliers apart
     skip               names of modules that stay in floats
+    fit_groups         where groups do not divide a layer's rows: QuantScheme.fitted, no error
     returns            the copy, in eval mode
 
     A layer with a shared table is rounded to the nearest and neither smoothed nor has outliers,
@@ -83,19 +85,20 @@ def quantize_model(
     needs = _check_options(scheme, table_scheme, options, batches is not None)
     targets = _targets(model, tuple(skip))
     tables = {id(one.weight) for one in targets.values() if isinstance(one, nn.Embedding)}
-    _check_weights(targets, lambda one: table_scheme if id(one) in tables else scheme)
+    schemes = _schemes(targets, tables, scheme, table_scheme, fit_groups)
+    _check_weights(targets, lambda weight: schemes[id(weight)])
     squares = rounding == "compensated"
     records = record_inputs(model, batches, squares=squares) if needs else {}
     small = copy.deepcopy(model)
     shared: dict[int, QuantizedWeight] = {}
     for name, module in targets.items():
-        if id(module.weight) in tables:
-            key = id(module.weight)
+        key = id(module.weight)
+        if key in tables:
             if key not in shared:
-                shared[key] = QuantizedWeight(quantize(module.weight, table_scheme))
+                shared[key] = QuantizedWeight(quantize(module.weight, schemes[key]))
             layer = _with_table(module, shared[key], records.get(name), options)
         else:
-            layer = _linear(name, module, scheme, records.get(name), options)
+            layer = _linear(name, module, schemes[key], records.get(name), options)
         small.set_submodule(name, layer)
     return small.eval()
 
@@ -138,6 +141,15 @@ def _targets(model: nn.Module, skip: tuple[str, ...]) -> dict[str, nn.Module]:
     change = "give a model that has some inside it; skip fewer"
     require(found and "" not in found, "linear layers or embeddings to quantize", given, change)
     return found
+
+
+def _schemes(targets, tables, scheme, table_scheme, fit_groups: bool) -> dict[int, QuantScheme]:
+    """Choose the scheme of every weight, by its id, since tied layers have one."""
+    schemes = {}
+    for module in targets.values():
+        own = table_scheme if id(module.weight) in tables else scheme
+        schemes[id(module.weight)] = own.fitted(module.weight.shape[1]) if fit_groups else own
+    return schemes
 
 
 def _check_weights(

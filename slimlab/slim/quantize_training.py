@@ -53,13 +53,18 @@ class FakeQuantizedEmbedding(nn.Embedding):
 
 
 def train_quantized(
-    model: nn.Module, scheme: QuantScheme, *, quantize_inputs: bool = False
+    model: nn.Module,
+    scheme: QuantScheme,
+    *,
+    quantize_inputs: bool = False,
+    fit_groups: bool = False,
 ) -> nn.Module:
     """Make every linear layer and embedding of a model pretend to be quantized.
 
     model            changed in place; its parameters, their names and an optimizer over them stay
     scheme           of all weights
     quantize_inputs  round the inputs of linear layers too, see FakeQuantizedLinear
+    fit_groups       as in quantize_model, to which the same is to be given
     returns          the model, for training; quantize_model(model, scheme) then makes the integers
 
     Raises InputError for a group size that does not divide, and for a model without such layers;
@@ -72,12 +77,14 @@ def train_quantized(
     }
     given, change = type(model).__name__, "give a model that has some inside it"
     require(found and "" not in found, "linear layers or embeddings in a model", given, change)
-    for one in found.values():
-        scheme.scale_shape(tuple(one.weight.shape))
+    schemes = {}
+    for name, one in found.items():
+        schemes[name] = scheme.fitted(one.weight.shape[1]) if fit_groups else scheme
+        schemes[name].scale_shape(tuple(one.weight.shape))
     for name, one in found.items():
         if isinstance(one, nn.Linear):
-            layer = FakeQuantizedLinear(one, scheme, quantize_inputs)
+            layer = FakeQuantizedLinear(one, schemes[name], quantize_inputs)
         else:
-            layer = FakeQuantizedEmbedding(one, scheme)
+            layer = FakeQuantizedEmbedding(one, schemes[name])
         model.set_submodule(name, layer.train(one.training))
     return model
