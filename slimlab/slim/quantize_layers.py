@@ -193,7 +193,7 @@ class Int8Linear(_IntegerLinear):
             rows = rows / self.smoothing
         loud = None
         if self.outliers is not None:
-            loud = rows[:, self.outliers] @ self.outlier_weight.t()
+            loud = self._join(rows[:, self.outliers] @ self.outlier_weight.t(), "sum")
             rows = rows.index_fill(1, self.outliers, 0.0)
         output = self._static(rows) if self.input_scale is not None else self._dynamic(rows)
         if loud is not None:
@@ -202,21 +202,30 @@ class Int8Linear(_IntegerLinear):
             output = output.add_(self.bias)
         return output.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
+    def _join(self, found: Tensor, op: str) -> Tensor:
+        # Where ranks share the columns (quantize_parallel_layers) they combine what each has found.
+        return found
+
     def _dynamic(self, rows: Tensor) -> Tensor:
         # amax sees NaN and infinity as well: the scale then is not finite, and so is the output.
-        scale = rows.abs().amax(dim=1, keepdim=True).div_(ROWS.highest)
+        scale = self._join(rows.abs().amax(dim=1, keepdim=True), "max").div_(ROWS.highest)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         places = (rows / scale).round_().clamp_(ROWS.lowest, ROWS.highest).to(torch.int8)
-        return multiply(places, self.table.packed).float() * scale * self._weight_scale()
+        sums = self._join(multiply(places, self.table.packed), "sum")
+        return sums.float() * scale * self._weight_scale()
 
     def _static(self, rows: Tensor) -> Tensor:
         check_finite(rows, "x")
+        return self._unshifted(multiply(self._shifted(rows), self.table.packed))
+
+    def _shifted(self, rows: Tensor) -> Tensor:
         zero = self.input_zero_point[:, None]
         places = to_integers(rows, self.input_scale[:, None], zero, WHOLE)
         # The product takes signed bytes: 128 is subtracted from x, and added again to its zero.
-        signed = (places.to(torch.int16) - 128).to(torch.int8)
-        sums = multiply(signed, self.table.packed).double()
-        sums = sums - (float(zero) - 128) * self.row_sums
+        return (places.to(torch.int16) - 128).to(torch.int8)
+
+    def _unshifted(self, sums: Tensor) -> Tensor:
+        sums = sums.double() - (float(self.input_zero_point) - 128) * self.row_sums
         return sums.float() * self.input_scale * self._weight_scale()
 
     def _weight_scale(self) -> Tensor:
