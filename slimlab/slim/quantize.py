@@ -87,8 +87,7 @@ def quantize_model(
     tables = {id(one.weight) for one in targets.values() if isinstance(one, nn.Embedding)}
     schemes = _schemes(targets, tables, scheme, table_scheme, fit_groups)
     _check_weights(targets, lambda weight: schemes[id(weight)])
-    squares = rounding == "compensated"
-    records = record_inputs(model, batches, squares=squares) if needs else {}
+    records = record_inputs(model, batches, squares=rounding == "compensated") if needs else {}
     small = copy.deepcopy(model)
     shared: dict[int, QuantizedWeight] = {}
     for name, module in targets.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slimlab.config import InputError, ModelConfig, require
 from slimlab.model.build import build_model
 from slimlab.model.tensor_files import fill, state_of
+from slimlab.slim.quantize_cast import CASTS, cast_of
 from slimlab.slim.quantize_layers import (
     Int8Linear,
     QuantizedEmbedding,
@@ -35,20 +36,22 @@ _EXTRAS = ("bias", "smoothing", "outliers", "outlier_weight")
 def save_quantized_model(
     folder: str | os.PathLike, model: nn.Module, extra: dict | None = None
 ) -> Path:
-    """Write a model that quantize_model returned, whole or not at all.
+    """Write a model that quantize_model or cast_model returned, whole or not at all.
 
     folder   made here
     model    with its configuration in model.config
     extra    more to keep beside it, for JSON
     returns  the folder
 
-    Raises InputError for a model without a configuration or without a quantized layer, and as
-    save_quantized does.
+    Raises InputError for a model without a configuration, or one neither quantized nor cast, and
+    as save_quantized does.
     """
-    config, layers = getattr(model, "config", None), _layers_of(model)
-    change = "give what quantize_model returned for a model of build_model"
+    config, layers, cast = getattr(model, "config", None), _layers_of(model), cast_of(model)
+    change = "give what quantize_model or cast_model returned for a model of build_model"
     asked, given = "a quantized model with a configuration", type(model).__name__
-    require(isinstance(config, ModelConfig) and bool(layers), asked, given, change)
+    require(isinstance(config, ModelConfig) and bool(layers or cast), asked, given, change)
+    given, change = "the part of one rank", "save the whole model, before it is cut"
+    require(not hasattr(model, "tensor_parallel"), asked, given, change)
     tensors, table, owner = {}, {}, {}
     for name, layer in layers.items():
         held = owner.setdefault(id(layer.table), name)
@@ -61,7 +64,7 @@ def save_quantized_model(
         extras = {one: getattr(layer, one, None) for one in _EXTRAS}
         tensors |= {f"{name}.{one}": kept for one, kept in extras.items() if kept is not None}
     tensors |= _rest_of(model, layers)
-    stored = {"model": asdict(config), "layers": table, "extra": extra or {}}
+    stored = {"model": asdict(config), "layers": table, "cast": cast, "extra": extra or {}}
     return save_quantized(folder, tensors, stored)
 
 
@@ -80,7 +83,7 @@ def load_quantized_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
     try:
         config = ModelConfig(**stored.config["model"])
         with torch.random.fork_rng(devices=[]):  # weights are drawn here, and thrown away
-            model = build_model(config)
+            model = build_model(config).to(CASTS.get(stored.config.get("cast"), torch.float32))
         tables: dict[str, QuantizedWeight] = {}
         for name, about in stored.config["layers"].items():
             layer = _read_layer(name, about, tensors, tables)
