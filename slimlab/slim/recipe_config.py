@@ -1,0 +1,108 @@
+"""What a model is to go through to become smaller: the choices of slim_checkpoint, checked.
+
+slimlab.slim.recipe carries them out; chapter 15 and `slimlab slim` fill them in.
+Production recipes name a choice for each layer; here one holds for all.
+"""
+
+from dataclasses import dataclass
+
+from slimlab.config import check_choice, check_number, check_size, require
+from slimlab.slim.distill_losses import DIVERGENCES, check_temperature
+from slimlab.slim.prune_scores import check_sparsity
+
+FORMATS = ("int8", "int4", "int3", "int2")
+PARTS = ("neurons", "heads", "both")
+ACTIVATIONS = ("none", "dynamic")
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    """What slim_checkpoint is to do; a step that is not asked for is left out.
+
+    distill              a student of fewer layers learns from the original
+    student_layers       its layers, spread over those of the original; None: half of them
+    distill_steps        updates
+    distill_temperature  T of the soft targets, above 0
+    soft_weight          of every training here: from 0, the true tokens alone, to 1, the original
+                         alone
+    divergence           "forward" or "reverse", see slimlab.slim.distill_losses.soft_loss
+    prune                the part that is removed for good, from 0 up to, not including, 1
+    prune_what           "neurons" of the feed-forward layers, "heads", or "both"
+    prune_steps          updates of retraining; 0: none
+    quantize             "int8", one scale per channel, or "int4", "int3" and "int2", one of 16
+                         bits per group of weights; embeddings too
+    quant_group_size     weights that share a scale; None: for each layer the divisor of its width
+                         nearest to 32. "int8" has no groups
+    rounding             "nearest" or "compensated"; None: compensated below 8 bits
+    activations          "dynamic": int8 layers round their inputs too, and multiply in int8;
+                         "none": weights become floats when they are used
+    aware_steps          updates of training with rounded weights, before the rounding
+    batch_size           sequences of an update
+    peak_lr              highest learning rate of every training
+    seed                 of the windows drawn
+
+    Raises InputError if nothing is asked for, a number is out of its range, a choice is unknown, or
+    choices contradict each other.
+    """
+
+    distill: bool = False
+    student_layers: int | None = None
+    distill_steps: int = 400
+    distill_temperature: float = 2.0
+    soft_weight: float = 0.5
+    divergence: str = "forward"
+    prune: float | None = None
+    prune_what: str = "neurons"
+    prune_steps: int = 200
+    quantize: str | None = None
+    quant_group_size: int | None = None
+    rounding: str | None = None
+    activations: str = "none"
+    aware_steps: int = 0
+    batch_size: int = 8
+    peak_lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self):
+        given, change = "none of them", 'give quantize="int8", for instance'
+        asked = "at least one of distill, prune and quantize"
+        require(self.distill or self.prune is not None or self.quantize, asked, given, change)
+        if self.student_layers is not None:
+            check_size("student_layers", self.student_layers)
+            asked, given = "student_layers with distill", "student_layers without it"
+            require(self.distill, asked, given, "give distill=True")
+        check_temperature(self.distill_temperature)
+        check_number("soft_weight", self.soft_weight, float, 0, 1)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_size("distill_steps", self.distill_steps)
+        for name in ("prune_steps", "aware_steps"):
+            check_number(name, getattr(self, name), int, 0, 10**9)
+        check_size("batch_size", self.batch_size)
+        check_number("peak_lr", self.peak_lr, float, 0, float("inf"), above=True)
+        check_number("seed", self.seed, int, 0, 2**32 - 1)
+        if self.prune is not None:
+            check_sparsity(self.prune)
+        check_choice("prune_what", self.prune_what, PARTS)
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        check_choice("activations", self.activations, ACTIVATIONS)
+        if self.rounding is not None:
+            check_choice("rounding", self.rounding, ("nearest", "compensated"))
+        if self.quant_group_size is not None:
+            check_size("quant_group_size", self.quant_group_size)
+        if self.quantize is None:
+            asked, given = "aware_steps with quantize", f"aware_steps = {self.aware_steps}"
+            require(not self.aware_steps, asked, given, 'give quantize="int4", or aware_steps=0')
+            return
+        cast = "; 16 bits is a cast: model.bfloat16()" if "16" in str(self.quantize) else ""
+        asked, given = f"quantize: one of {', '.join(FORMATS)}", f"quantize = {self.quantize!r}"
+        require(self.quantize in FORMATS, asked, given, f"choose one of these{cast}")
+        whole = self.quantize == "int8"
+        given = f"quantize = {self.quantize!r}, quant_group_size = {self.quant_group_size}"
+        change = 'leave quant_group_size out, or give quantize="int4"'
+        none = self.quant_group_size is None
+        require(none or not whole, "groups below 8 bits only", given, change)
+        given = f"quantize = {self.quantize!r}, activations = {self.activations!r}"
+        asked, change = "activations in integers with int8 only", 'give quantize="int8"'
+        require(whole or self.activations == "none", asked, given, change)

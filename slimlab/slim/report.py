@@ -1,0 +1,267 @@
+"""What became of a model: sizes read from the disk, quality and speed measured, side by side.
+
+slim_checkpoint fills a SlimReport, `slimlab slim` prints and draws it, chapter 15 reads it. Times
+are taken in turns, the original and the small model one after the other in each round, so that a
+busy machine disturbs both; the ratio of a round is more certain than either time.
+
+Production measures on the machine that will serve, under its load, and keeps latencies of the
+slowest hundredth as well.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slimlab.model.generation import generate
+from slimlab.slim.load import folder_bytes, weight_files
+from slimlab.slim.quantize_layers import QuantizedWeight
+from slimlab.text.progress import progress_bar
+
+ROUNDS = 5
+READ_WINDOWS, WRITTEN_TOKENS = 8, 16
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing.
+
+    median   the middle one
+    low      the least
+    high     the greatest
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Sum up `values`."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, as it was measured.
+
+    num_params       its numbers, a tied table once, in however many bits
+    weights_bytes    size of its .safetensors files
+    folder_bytes     all that is read to load it: weights, JSON and tokenizer
+    memory_bytes     of the parameters and buffers that it holds once it is loaded
+    bits_per_byte    of the held-out text
+    reading_per_s    tokens that a forward pass of several windows reads in a second
+    writing_per_s    tokens that it writes in a second, one text at a time, with a cache
+    """
+
+    num_params: int
+    weights_bytes: int
+    folder_bytes: int
+    memory_bytes: int
+    bits_per_byte: float
+    reading_per_s: Spread
+    writing_per_s: Spread
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The model after one of the steps.
+
+    name           "original", "distilled", "pruned", "quantized" or "as written"
+    num_params     as in Measured
+    weights_bytes  size of the file that it would be saved in
+    bits_per_byte  of the held-out text
+    seconds        that the step took
+    """
+
+    name: str
+    num_params: int
+    weights_bytes: int
+    bits_per_byte: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SlimReport:
+    """What slim_checkpoint did, and what it gained and cost.
+
+    source         where the original lies
+    out            where the small model lies
+    config         SlimConfig as a dict
+    text           of the corpus that was learned from and measured by: name, fingerprint
+    original       Measured
+    slim           Measured, of the model as it was read back from the disk
+    stages         from the original to the model as written
+    reading_ratio  of the rounds: small model's tokens per second / the original's
+    writing_ratio  likewise
+    machine        processor threads, PyTorch's version, date
+    notes          what the reader should know besides
+    """
+
+    source: str
+    out: str
+    config: dict
+    text: dict
+    original: Measured
+    slim: Measured
+    stages: tuple[Stage, ...]
+    reading_ratio: Spread
+    writing_ratio: Spread
+    machine: dict
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def weights_ratio(self) -> float:
+        """The small model's file over the original's."""
+        return self.slim.weights_bytes / self.original.weights_bytes
+
+    @property
+    def folder_ratio(self) -> float:
+        """All that is read to load it over the same of the original."""
+        return self.slim.folder_bytes / self.original.folder_bytes
+
+    @property
+    def memory_ratio(self) -> float:
+        """Bytes of tensors held over those of the original."""
+        return self.slim.memory_bytes / self.original.memory_bytes
+
+    @property
+    def price(self) -> float:
+        """Bits per byte that the small model needs more."""
+        return self.slim.bits_per_byte - self.original.bits_per_byte
+
+    def as_dict(self) -> dict:
+        """Return all of it, ratios and price included, for JSON."""
+        ratios = ("weights_ratio", "folder_ratio", "memory_ratio", "price")
+        return {**asdict(self), **{name: getattr(self, name) for name in ratios}}
+
+    def as_text(self) -> str:
+        """Return a table of both models, and one of the steps between."""
+        return "\n".join([*_table(self), "", *_stages(self), *(f"note: {n}" for n in self.notes)])
+
+
+def _table(report: SlimReport) -> list[str]:
+    old, new = report.original, report.slim
+    rows = [
+        ("numbers", f"{old.num_params:,}", f"{new.num_params:,}", new.num_params / old.num_params),
+        ("weights on disk, bytes", f"{old.weights_bytes:,}", f"{new.weights_bytes:,}",
+         report.weights_ratio),
+        ("all files, bytes", f"{old.folder_bytes:,}", f"{new.folder_bytes:,}", report.folder_ratio),
+        ("tensors in memory, bytes", f"{old.memory_bytes:,}", f"{new.memory_bytes:,}",
+         report.memory_ratio),
+        ("bits per byte, held out", f"{old.bits_per_byte:.4f}", f"{new.bits_per_byte:.4f}",
+         new.bits_per_byte / old.bits_per_byte),
+    ]  # fmt: skip
+    lines = [f"{report.source} -> {report.out}"]
+    lines += [f"{'':26}{'original':>14}{'slim':>14}{'ratio':>10}"]
+    lines += [f"{name:26}{a:>14}{b:>14}{ratio:>10.3f}" for name, a, b, ratio in rows]
+    for name, word, ratio in (
+        ("reading, tokens/s", "reading_per_s", report.reading_ratio),
+        ("writing, tokens/s", "writing_per_s", report.writing_ratio),
+    ):
+        a, b = (f"{getattr(one, word).median:,.0f}" for one in (old, new))
+        spread = f"({ratio.low:.2f} to {ratio.high:.2f})"
+        lines += [f"{name:26}{a:>14}{b:>14}{ratio.median:>10.3f} {spread}"]
+    return lines
+
+
+def _stages(report: SlimReport) -> list[str]:
+    lines = [f"{'step':16}{'numbers':>12}{'file, bytes':>14}{'bits per byte':>16}{'seconds':>10}"]
+    for one in report.stages:
+        lines += [
+            f"{one.name:16}{one.num_params:>12,}{one.weights_bytes:>14,}"
+            f"{one.bits_per_byte:>16.4f}{one.seconds:>10.1f}"
+        ]
+    return lines
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Count the bytes of the tensors that a model holds, shared ones once.
+
+    model  any
+    """
+    held = [*model.parameters(), *model.buffers()]
+    own = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in held}
+    return sum(own.values())
+
+
+def count_numbers(model: nn.Module) -> int:
+    """Count the numbers that a model was trained to have, whether floats or integers.
+
+    model  parameters and quantized weights count, scales do not
+    """
+    tables = [one for one in model.modules() if isinstance(one, QuantizedWeight)]
+    integers = sum(one.shape[0] * one.shape[1] for one in tables)
+    return integers + sum(param.numel() for param in model.parameters())
+
+
+def measure_speed(
+    original: nn.Module, small: nn.Module, ids: Tensor, show: bool = True
+) -> dict[str, tuple[Spread, Spread, Spread]]:
+    """Time two models in turns.
+
+    original, small  decoders in evaluation mode, on one device
+    ids              (N,) of a text, to read
+    show             draw a bar
+    returns          "reading" and "writing": tokens per second of the original, of the small one,
+                     and the ratios small / original of the rounds
+    """
+    seq_len = min(original.config.seq_len, len(ids))
+    windows = ids[: len(ids) // seq_len * seq_len].view(-1, seq_len)[:READ_WINDOWS]
+    prompt = windows[:1, : max(1, seq_len // 4)]
+    num_new = max(1, min(WRITTEN_TOKENS, seq_len - prompt.shape[1]))
+    tasks = {
+        "reading": (lambda model: _read(model, windows), windows.numel()),
+        "writing": (lambda model: generate(model, prompt, num_new), num_new),
+    }
+    found = {}
+    with progress_bar("measuring speed", len(tasks) * ROUNDS, shown=show) as bar:
+        for name, (task, num_tokens) in tasks.items():
+            found[name] = _take_turns(task, num_tokens, (original, small), bar)
+    return found
+
+
+@torch.no_grad()
+def _read(model: nn.Module, windows: Tensor) -> None:
+    model(windows)
+
+
+def _take_turns(task: Callable, num_tokens: int, models: tuple, bar) -> tuple:
+    seconds = ([], [])
+    for model in models:
+        task(model)
+    for number in range(ROUNDS):
+        for place in (0, 1) if number % 2 == 0 else (1, 0):
+            start_s = time.perf_counter()
+            task(models[place])
+            seconds[place].append(time.perf_counter() - start_s)
+        bar.update()
+    ratios = [old / new for old, new in zip(*seconds, strict=True)]
+    speeds = [Spread.of([num_tokens / one for one in taken]) for taken in seconds]
+    return (*speeds, Spread.of(ratios))
+
+
+def measured(
+    model: nn.Module, folder: Path, bits_per_byte: float, reading: Spread, writing: Spread
+) -> Measured:
+    """Put together what was measured of one model.
+
+    model          loaded from the folder
+    folder         of its weights
+    bits_per_byte  of the held-out text
+    reading, writing  tokens per second
+    returns        Measured, with sizes read from the disk
+    """
+    return Measured(
+        num_params=count_numbers(model),
+        weights_bytes=sum(one.stat().st_size for one in weight_files(folder)),
+        folder_bytes=folder_bytes(folder),
+        memory_bytes=held_bytes(model),
+        bits_per_byte=bits_per_byte,
+        reading_per_s=reading,
+        writing_per_s=writing,
+    )
