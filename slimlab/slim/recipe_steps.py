@@ -7,6 +7,7 @@ ordinary model with a configuration of its own.
 Production runs the steps as jobs of their own, days apart, with an evaluation between.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -142,12 +143,12 @@ def _distil(model: Decoder, work: Work) -> Decoder:
 
 
 def _prune(model: Decoder, work: Work) -> Decoder:
-    config, smaller = work.config, model
+    config, smaller = work.config, copy.deepcopy(model)
     prunable = _prunable(model, config)
     if "heads" in prunable:
         count, step = prunable["heads"]
         gone = _num_removed(config.prune, count, step)
-        heads = weakest(head_scores(smaller), gone, num_groups=model.config.num_kv_heads)
+        heads = weakest(head_scores(smaller), gone, num_groups=step)
         smaller = remove_heads(smaller, heads) if gone else smaller
     if "neurons" in prunable:
         gone = _num_removed(config.prune, *prunable["neurons"])
@@ -159,7 +160,7 @@ def _quantize(model: Decoder, work: Work) -> nn.Module:
     """Layers of one width at a time, since the size of their groups depends on it."""
     config, small = work.config, model
     if config.aware_steps:
-        small = _learn(_pretending(small, config), work, config.aware_steps)
+        small = _learn(_pretending(copy.deepcopy(small), config), work, config.aware_steps)
     below = config.quantize != "int8"
     rounding = config.rounding or ("compensated" if below else "nearest")
     layers = _layers(small)
@@ -233,6 +234,7 @@ def _learn(model: Decoder, work: Work, num_steps: int) -> Decoder:
         soft_weight=config.soft_weight,
         divergence=config.divergence,
     )
+    model.requires_grad_(True)
     train(model, work.ids, settings, objective=objective, show=work.show, say=work.say)
     return model.eval()
 
