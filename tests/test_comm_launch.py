@@ -1,5 +1,6 @@
 """Ranks that are processes: how they are started, what they know and print, how they end."""
 
+import gc
 import os
 import random
 import signal
@@ -8,7 +9,9 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -206,6 +209,37 @@ def test_ranks_see_the_callers_memory_and_change_only_their_own():
 
     assert run(program) == [[1, 0], [1, 1]]
     assert seen == [1]
+
+
+class Kept:
+    """Something that only the garbage collector frees, with what it holds."""
+
+    def __init__(self, held):
+        self.held, self.me = held, self
+
+
+@pytest.mark.parametrize("kind", ["store", "group"])
+def test_a_rank_does_not_collect_what_its_caller_has_left(kind):
+    # Either waits, when it is freed, for threads that only the caller's process has.
+    def program(comm):
+        mine = weakref.ref(Kept(None))
+        gc.collect()
+        return mine() is None
+
+    gc.collect()
+    gc.disable()
+    if kind == "store":
+        Kept(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    else:
+        alone = torch.distributed.HashStore(), 0, 1, timedelta(seconds=TIMEOUT_S)
+        Kept(torch.distributed.ProcessGroupGloo(*alone))
+    try:
+        assert run(program) == [True, True]
+        assert run(lambda comm: gc.isenabled()) == [False, False]
+    finally:
+        gc.enable()
+    assert run(lambda comm: gc.isenabled()) == [True, True]
+    assert gc.isenabled()
 
 
 def test_a_rank_hears_no_interrupt_and_reads_nothing():

@@ -7,6 +7,7 @@ as a zombie until then, so that its number can belong to no other process.
 Production launchers do the same on every host (hydra's proxies, torchrun's agents).
 """
 
+import gc
 import os
 import random
 import signal
@@ -107,6 +108,10 @@ class Run:
         """
         one, lines = self.add(rank)
         parent, python_state = os.getpid(), random.getstate()
+        # What the caller has left to collect may wait, when it goes, for threads that a fork lacks:
+        # torch's stores and process groups do.
+        collects = gc.isenabled()
+        gc.disable()
         # An interrupt in the fork would come out of run_ranks there too.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -115,6 +120,9 @@ class Run:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 one.pid = os.fork()
             if one.pid == 0:
+                gc.freeze()
+                if collects:
+                    gc.enable()
                 self._close_here(others)
                 random.setstate(python_state)  # Python seeds anew after a fork
                 run_forked(task, rank, lines, env, parent)
@@ -122,6 +130,8 @@ class Run:
             if one.pid == 0:
                 os._exit(1)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            if collects:
+                gc.enable()
         close_all(lines.all())
 
     def _close_here(self, others: Sequence[int]) -> None:
