@@ -140,6 +140,15 @@ def test_mask_figure_draws_a_panel_per_named_mask():
     assert [axes.get_title() for axes in show.mask_figure(masks).axes] == ["causal", "all"]
 
 
+def test_an_interval_stands_at_each_point_of_a_curve_that_has_halves():
+    figure = show.curves({"a": ([1, 2], [5, 7], [0.5, 1])}, "bits", "cost (%)", log_x=True)
+    (bars,) = figure.axes[0].collections
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [[4.5, 5.5], [6.0, 8.0]]
+    with pytest.raises(InputError, match="as many y as x"):
+        show.curves({"a": ([1, 2], [5, 7], [0.5])}, "bits", "cost (%)")
+
+
 def test_curves_differ_in_colour_line_and_marker_and_carry_units():
     series = {"one": ([1, 2, 4], [3, 5, 7]), "two": ([1, 2, 4], [1, 1, 2])}
     figure = show.curves(series, "length (tokens)", "time (s)", log_x=True, guides={"limit": 6})

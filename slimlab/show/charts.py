@@ -20,7 +20,7 @@ GUIDE_DASHES = ((4, 2), (1, 1.2), (6, 1.5, 1, 1.5))
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], ...]],
     x_label: str,
     y_label: str,
     title: str = "",
@@ -30,7 +30,8 @@ def curves(
 ) -> Figure:
     """Draw one line per series, each with a colour and a line style of its own.
 
-    series   label -> (x values, y values), equally many
+    series   label -> (x values, y values), equally many; with (x, y, halves) a bar from y - half to
+             y + half stands at each point, for intervals
     x_label  what x is, with its unit: "sequence length (tokens)"
     y_label  what y is, with its unit: "time (s)"
     title    printed above
@@ -44,10 +45,10 @@ def curves(
     """
     require(bool(series), "at least one series", "none", 'pass {"label": (x, y)}')
     figure, axes = new_figure()
-    for index, (label, (xs, ys)) in enumerate(series.items()):
-        xs, ys = to_array(xs), to_array(ys)
+    for index, (label, columns) in enumerate(series.items()):
+        xs, ys, *halves = map(to_array, columns)
         given = f"{label}: x of shape {xs.shape}, y of shape {ys.shape}"
-        fits = xs.ndim == 1 and xs.shape == ys.shape and len(xs) > 0
+        fits = xs.ndim == 1 and {xs.shape} == {one.shape for one in (ys, *halves)} and len(xs) > 0
         require(fits, "as many y as x values, in one row each", given, "cut the longer one")
         for values, name, log in [(xs, "x", log_x), (ys, "y", log_y)]:
             asked = f"positive {name} values on a logarithmic axis"
@@ -61,13 +62,16 @@ def curves(
             marker=MARKERS[index % len(MARKERS)] if len(xs) <= MAX_MARKED_POINTS else "",
             label=label,
         )
+        if halves:
+            colour = COLOURS[index % len(COLOURS)]
+            axes.errorbar(xs, ys, halves[0], fmt="none", ecolor=colour, capsize=3)
     for index, (label, value) in enumerate((guides or {}).items()):
         dashes = GUIDE_DASHES[index] if index < len(GUIDE_DASHES) else (4 + 3 * index, 2)
         axes.axhline(value, color=GREY, linestyle=(0, dashes), label=label)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log" if log_y else "linear")
-    places = sorted({float(x) for xs, _ in series.values() for x in xs})
+    places = sorted({float(x) for xs, *_ in series.values() for x in xs})
     apart = all(right > 1.3 * left for left, right in zip(places, places[1:]))
     if log_x and apart and len(places) <= MAX_TICKS:
         axes.set_xticks(places, [f"{x:g}" for x in places])
