@@ -196,7 +196,9 @@ def _check(model: nn.Module, layers: dict, world_size: int, cut: tuple[str, ...]
     if not wrong:
         return
     name, table = wrong[0][0], wrong[0][1].table
-    columns, size = table.shape[1], table.scheme.quant_group_size
+    columns, group = table.shape[1], table.scheme.quant_group_size
+    nearest = gcd(group, *(one.table.shape[1] // world_size for _, one in wrong))
+    others = f" and {len(wrong) - 1} more layers" if len(wrong) > 1 else ""
     tables = [one.table for one in layers.values()]
     fitting = [
         n
@@ -208,9 +210,9 @@ def _check(model: nn.Module, layers: dict, world_size: int, cut: tuple[str, ...]
     require(
         False,
         "groups that stay whole: a quant_group_size that divides each rank's columns",
-        f"{name} and {len(wrong) - 1} more layers: {columns} columns / {world_size} ranks = "
-        f"{columns // world_size}, groups of {size}",
-        f"quantize with quant_group_size={gcd(columns // world_size, size)}, or take a group of "
+        f"{name}{others}: {columns} columns / {world_size} ranks = {columns // world_size}, "
+        f"groups of {group}",
+        f"quantize with quant_group_size={nearest}, or take a group of "
         f"{' or '.join(map(str, fitting[-2:]))}",
     )
 
