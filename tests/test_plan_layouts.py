@@ -346,6 +346,11 @@ def test_a_model_that_fits_no_layout_is_told_how_many_gpus_would_do():
     number = int(error.value.change.split("num_gpus=")[1].split(",")[0])
     assert plan_layouts(GPT_175B, A100, number, 1536).best
     assert number > 8
+    with pytest.raises(InputError, match="1 GPU; the smallest layout needs"):
+        plan_layouts(GPT_175B, A100, 1, 1536)
+    for axis in ("tensor", "pipeline", "data"):
+        with pytest.raises(InputError, match=f"given: {axis} = 0"):
+            plan_layouts(GPT_175B, A100, 64, 1536, choices=Choices(**{axis: (0,)}))
     with pytest.raises(InputError, match="tensor 2, 4, 8"):
         plan_layouts(GPT_175B, A100, 64, 1536, choices=Choices(tensor=(5,)))
     with pytest.raises(InputError, match="batch_size"):

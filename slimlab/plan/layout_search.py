@@ -102,6 +102,8 @@ class Search:
 
     def _meshes(self) -> Iterator[tuple[int, int, int]]:
         most = TENSOR_HOSTS * self.cluster.gpus_per_host
+        for size in self.choices.data or ():
+            check_size("data", size)
         for tensor in self._sizes("tensor", self.num_gpus):
             if tensor > most and self.choices.tensor is None:
                 reason = f"tensor groups on more than {TENSOR_HOSTS} hosts"
