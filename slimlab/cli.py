@@ -15,6 +15,7 @@ from slimlab.commands.book import doctor, list_chapters, run
 from slimlab.commands.classroom import check, grade, handout
 from slimlab.commands.communication import calibrate, demo
 from slimlab.commands.planning import plan
+from slimlab.commands.slimming import slim
 from slimlab.commands.training import generate, train
 from slimlab.config import InputError
 
@@ -62,6 +63,7 @@ def main(debug: bool):
       slimlab handout class/              a copy of the book for students
       slimlab train --out runs/mine       train the model of the book
       slimlab generate runs/mine          let it write
+      slimlab slim runs/mine runs/small --quantize int4    make it smaller
       slimlab demo ring_all_reduce        run a program on several ranks
       slimlab calibrate                   measure what messages cost here
       slimlab plan --model gpt3-175b      layouts of a model on many GPUs
@@ -72,7 +74,8 @@ def main(debug: bool):
 
 
 for command in (
-    doctor, list_chapters, run, check, grade, handout, train, generate, demo, calibrate, plan,
+    doctor, list_chapters, run, check, grade, handout, train, generate, slim, demo, calibrate,
+    plan,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -247,8 +247,9 @@ def generate(source: Path | None, prompt: str, device: str, as_json: bool, **giv
     """Let the model in SOURCE continue a text; without SOURCE the model of the book.
 
     \b
-    SOURCE is the folder of a run, one of its checkpoints, or a folder of save_pretrained with the
-    run's tokenizer.json beside the weights. The first call without SOURCE trains for about 90 s.
+    SOURCE is the folder of a run, one of its checkpoints, a folder that slimlab slim wrote, or one
+    of save_pretrained with the run's tokenizer.json beside the weights. The first call without
+    SOURCE trains for about 90 s.
     Examples:
       slimlab generate --prompt "The value of"
       slimlab generate runs/mine --prompt "A list is" --max-new-tokens 200
@@ -262,8 +263,9 @@ def generate(source: Path | None, prompt: str, device: str, as_json: bool, **giv
     as_json  print JSON
     given    max_new_tokens, temperature, top_k, top_p and seed
     """
+    from slimlab.slim.load import load_any_model
     from slimlab.train.device import choose_device
-    from slimlab.train.text_model import TextModel, continue_text, load_text_model
+    from slimlab.train.text_model import TextModel, continue_text
 
     try:
         prompt.encode()
@@ -277,7 +279,7 @@ def generate(source: Path | None, prompt: str, device: str, as_json: bool, **giv
         model = found.model.to(choose_device(device))
         trained = TextModel(model, found.tokenizer, "the model of the book")
     else:
-        trained = load_text_model(source, device)
+        trained = load_any_model(source, device)
     text = continue_text(trained, prompt, **given)
     if as_json:
         click.echo(json.dumps({"source": trained.source, "prompt": prompt, "text": text}))
