@@ -157,7 +157,7 @@ def _refuse_all(search: Search, smallest: Candidate, limit: float) -> None:
     name = search.cluster.gpu.name
     raise InputError(
         f"a layout that fits {limit / 1e9:.1f} GB, what tensors may fill of one {name}",
-        f"{search.num_gpus} GPU{'s' * (search.num_gpus > 1)}; the smallest layout needs {smallest.memory_bytes / 1e9:.1f} GB: "
-        f"{smallest.parallel}",
+        f"{search.num_gpus} GPU{'s' * (search.num_gpus > 1)}; the smallest layout needs "
+        f"{smallest.memory_bytes / 1e9:.1f} GB: {smallest.parallel}",
         change,
     )
