@@ -13,6 +13,7 @@ from slimlab.show.predicted import predicted_figure
 from slimlab.show.schedules import schedule_figure
 from slimlab.show.sharding import block_matrices_figure, cut_figure, layout_figure
 from slimlab.show.source import show_source
+from slimlab.show.sparsity import sparsity_figure
 from slimlab.show.stacks import stacked_bars, waterfall_figure
 from slimlab.show.style import COLOURS, use_style
 from slimlab.show.timeline import timeline_figure
@@ -46,6 +47,7 @@ __all__ = [
     "schedule_figure",
     "shards_figure",
     "show_source",
+    "sparsity_figure",
     "stacked_bars",
     "steps_figure",
     "timeline_figure",
