@@ -139,9 +139,27 @@ class SlimReport:
         ratios = ("weights_ratio", "folder_ratio", "memory_ratio", "price")
         return {**asdict(self), **{name: getattr(self, name) for name in ratios}}
 
+    @classmethod
+    def from_dict(cls, stored: dict) -> "SlimReport":
+        """Read what as_dict wrote, such as report.json.
+
+        stored  more entries do no harm
+        """
+        sides, ratios = ("original", "slim"), ("reading_ratio", "writing_ratio")
+        own = {name: stored[name] for name in cls.__dataclass_fields__}
+        own |= {name: _measured(stored[name]) for name in sides}
+        own |= {name: Spread(**stored[name]) for name in ratios}
+        own["stages"] = tuple(Stage(**one) for one in stored["stages"])
+        return cls(**own | {"notes": tuple(stored["notes"])})
+
     def as_text(self) -> str:
         """Return a table of both models, and one of the steps between."""
         return "\n".join([*_table(self), "", *_stages(self), *(f"note: {n}" for n in self.notes)])
+
+
+def _measured(stored: dict) -> Measured:
+    speeds = {name: Spread(**stored[name]) for name in ("reading_per_s", "writing_per_s")}
+    return Measured(**stored | speeds)
 
 
 def _table(report: SlimReport) -> list[str]:
