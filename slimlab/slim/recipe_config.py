@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from slimlab.config import check_choice, check_number, check_size, require
 from slimlab.slim.distill_losses import DIVERGENCES, check_temperature
-from slimlab.slim.prune_scores import check_sparsity
 
 FORMATS = ("int8", "int4", "int3", "int2")
 PARTS = ("neurons", "heads", "both")
@@ -81,7 +80,7 @@ class SlimConfig:
         check_number("peak_lr", self.peak_lr, float, 0, float("inf"), above=True)
         check_number("seed", self.seed, int, 0, 2**32 - 1)
         if self.prune is not None:
-            check_sparsity(self.prune)
+            check_number("prune", self.prune, float, 0, 1)
         check_choice("prune_what", self.prune_what, PARTS)
         self._check_quantization()
 

@@ -31,6 +31,7 @@ from slimlab.slim.prune_structure import (
 )
 from slimlab.slim.quantize import quantize_model
 from slimlab.slim.quantize_file import save_quantized_model
+from slimlab.slim.quantize_pack import METADATA
 from slimlab.slim.quantize_training import FakeQuantizedEmbedding, FakeQuantizedLinear
 from slimlab.slim.recipe_config import SlimConfig
 from slimlab.slim.report import Stage, count_numbers
@@ -38,6 +39,7 @@ from slimlab.text.batches import token_windows
 from slimlab.text.progress import progress_bar
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint import save_checkpoint
+from slimlab.train.checkpoint_folder import FORMAT
 from slimlab.train.loop import train
 
 GROUP_SIZE, LEAST_GROUP = 32, 16
@@ -126,13 +128,18 @@ def run_steps(work: Work) -> tuple[list[Stage], nn.Module]:
 
 def _stage(name: str, model: nn.Module, work: Work, start_s: float) -> Stage:
     seconds = time.perf_counter() - start_s
+    return Stage(name, count_numbers(model), _file_bytes(model), work.measure(model), seconds)
+
+
+def _file_bytes(model: nn.Module) -> int:
+    """Predict the file that a model would be saved in; a test compares it with the one on disk."""
     kinds = {torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
-    own = {  # a table that two layers share is stored once
-        (one.data_ptr(), tuple(one.shape)): (name, one) for name, one in state_of(model).items()
+    tensors = {
+        name.replace(".table.", ".weight."): (kinds[one.dtype], tuple(one.shape))
+        for name, one in state_of(model).items()
     }
-    tensors = {name: (kinds[one.dtype], tuple(one.shape)) for name, one in own.values()}
-    size = safetensors_bytes(tensors)
-    return Stage(name, count_numbers(model), size, work.measure(model), seconds)
+    whole = any(isinstance(one, nn.Linear) for one in model.modules())
+    return safetensors_bytes(tensors, {"format": FORMAT} if whole else METADATA)
 
 
 def _distil(model: Decoder, work: Work) -> Decoder:
