@@ -16,6 +16,8 @@ from slimlab.slim import recipe
 from slimlab.slim import report as report_of
 from slimlab.slim.distill import fingerprint
 from slimlab.slim.load import load_any_model, read_original
+from slimlab.slim.prune_masks import is_two_four
+from slimlab.slim.prune_scores import prunable_weights
 from slimlab.slim.quantize_layers import Int8Linear, QuantizedEmbedding, QuantizedLinear
 from slimlab.slim.quantize_pack import load_quantized
 from slimlab.slim.recipe import SlimConfig, slim_checkpoint
@@ -202,6 +204,57 @@ def test_without_integers_an_ordinary_run_folder_is_written(kept, corpus, tmp_pa
     assert again.text == corpus.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("what", "steps", "form"),
+    [("weights", 3, "bitmap"), ("weights", 0, "bitmap"), ("2:4", 2, "2:4")],
+)
+def test_zeros_are_packed_in_the_file_and_nowhere_else(kept, corpus, tmp_path, what, steps, form):
+    out, few = tmp_path / "out", {"prune_steps": steps, "batch_size": 2}
+    report = slim(kept, out, corpus, prune=0.5, prune_what=what, **few)
+    table = json.loads((out / "sparse.json").read_text())
+    assert {one["form"] for one in table["forms"].values()} == {form}
+    model = load_any_model(out).model
+    for weight in prunable_weights(model).values():
+        assert int((weight == 0).sum()) == weight.numel() // 2
+        assert what == "weights" or is_two_four(weight)
+    assert report.slim.weights_bytes == (out / "sparse.safetensors").stat().st_size
+    assert report.stages[-1].weights_bytes == report.stages[-2].weights_bytes
+    assert report.weights_ratio < 0.75
+    assert report.memory_ratio == 1
+    assert report.slim.bits_per_byte == report.stages[1].bits_per_byte
+    with pytest.raises(InputError, match="holds packed zeros"):
+        read_original(out)
+
+
+def test_packed_files_that_were_changed_are_refused(kept, corpus, tmp_path):
+    out = tmp_path / "out"
+    slim(kept, out, corpus, prune=0.5, prune_what="2:4", prune_steps=0)
+    table = json.loads((out / "sparse.json").read_text())
+    damages = {
+        "another form": table | {"version": 2},
+        "a whole table": {name: one for name, one in table.items() if name != "forms"},
+    }
+    for damage in damages.values():
+        (out / "sparse.json").write_text(json.dumps(damage))
+        with pytest.raises(InputError, match="version 1|a whole table"):
+            load_any_model(out)
+    (out / "sparse.json").write_text(json.dumps(table))
+    load_any_model(out)
+    with open(out / "sparse.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(InputError, match="1,000 bytes instead of"):
+        load_any_model(out)
+
+
+def test_groups_must_fit_what_heads_leave(kept, corpus, tmp_path):
+    few = {"prune": 0.5, "prune_what": "heads", "prune_steps": 0}
+    with pytest.raises(InputError, match="quant_group_size = 44"):
+        slim(kept, tmp_path / "out", corpus, quantize="int4", quant_group_size=44, **few)
+    slim(kept, tmp_path / "out", corpus, quantize="int4", **few)
+    table = load_any_model(tmp_path / "out").model.blocks[0].attention.out_proj.table
+    assert (table.shape[1], table.scheme.quant_group_size) == (16, 16)
+
+
 def test_heads_that_share_keys_go_together(corpus, tmp_path):
     tokenizer = Tokenizer.train(corpus.train, 20, (END_OF_TEXT,))
     write_run(tmp_path / "run", tokenizer, corpus, num_kv_heads=2)
@@ -240,6 +293,8 @@ def test_a_text_that_the_original_did_not_learn_from_is_noted(kept, tmp_path, th
         ({"quantize": "int8", "student_layers": 1}, "without it", "distill=True"),
         ({"prune": 1.5}, "prune = 1.5", "prune"),
         ({"prune": -0.1}, "prune = -0.1", "prune"),
+        ({"prune": 0.4, "prune_what": "2:4"}, "prune = 0.4", "prune=0.5"),
+        ({"prune": 0.5, "prune_what": "2:4", "quantize": "int8"}, "with quantize", "neurons"),
         ({"prune": 0.5, "prune_what": "layers"}, "prune_what = 'layers'", "one of these"),
         ({"prune": 0.5, "aware_steps": 5}, "aware_steps = 5", "aware_steps=0"),
     ],
@@ -255,6 +310,7 @@ def test_choices_that_cannot_be_are_refused(choices, given, change):
     ("choices", "given", "change"),
     [
         ({"prune": 1.0}, "all 88 would go", "at most 0.988"),
+        ({"prune": 1.0, "prune_what": "weights"}, "all 1024 would go", "at most 0.999"),
         ({"prune": 0.9, "prune_what": "heads"}, "all 4 would go", "at most 0.75"),
         ({"distill": True, "student_layers": 3}, "student_layers = 3", "fewer"),
         ({"quantize": "int4", "quant_group_size": 30}, "quant_group_size = 30", "32"),
@@ -295,7 +351,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(kept, corpus, tmp_path)
 
 
 def test_integers_are_no_ordinary_checkpoint_and_the_other_way_round(grouped, kept):
-    with pytest.raises(InputError, match="slimlab.slim.load.load_any_model"):
+    with pytest.raises(InputError, match="was made smaller: slimlab.slim.load.load_any_model"):
         load_text_model(grouped[0])
     with pytest.raises(InputError, match="an ordinary checkpoint"):
         load_quantized(kept / "step_00000007")

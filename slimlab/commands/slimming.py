@@ -30,9 +30,9 @@ FIGURES = (".png", ".svg", ".pdf")
 @number("--soft-weight", float, 0.5, "1: learn from the original alone, 0: from the text alone.")
 @click.option("--divergence", type=click.Choice(["forward", "reverse"]), default="forward",
               show_default=True, help="Which Kullback-Leibler divergence.")  # fmt: skip
-@number("--prune", float, None, "Part that is removed for good, 0.5 for half.")
+@number("--prune", float, None, "Part that goes, 0.5 for half.")
 @click.option("--prune-what", default="neurons", show_default=True,
-              help="neurons of the feed-forward layers, heads or both.")  # fmt: skip
+              help="neurons, heads or both: removed; weights or 2:4: zeros.")  # fmt: skip
 @number("--prune-steps", int, 200, "Updates of retraining.")
 @click.option("--quantize", default=None, metavar="FORMAT",
               help="int8, int4, int3 or int2; embeddings too.")  # fmt: skip

@@ -14,9 +14,10 @@ import torch
 
 from slimlab.config import InputError, require
 from slimlab.model.transformer import Decoder
+from slimlab.slim import prune_file, quantize_pack
+from slimlab.slim.prune_file import load_sparse_model
 from slimlab.slim.quantize_file import load_quantized_model
 from slimlab.slim.quantize_maps import check_finite
-from slimlab.slim.quantize_pack import TABLE
 from slimlab.text.corpus import Corpus
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint_folder import read_json
@@ -26,6 +27,7 @@ from slimlab.train.text_model import TextModel, load_text_model
 
 BOOK = "book"
 TOKENIZER = "tokenizer.json"
+_PACKED = {"integers": quantize_pack.TABLE, "packed zeros": prune_file.TABLE}
 # What a run needs to go on, and a model does not need to speak.
 _OF_TRAINING = ("optimizer.safetensors", "random.safetensors")
 
@@ -54,8 +56,8 @@ def read_original(source: str | os.PathLike, show: bool = True) -> Original:
     show     draw a bar if the model of the book has to be trained first
     returns  an Original on the processor, in evaluation mode
 
-    Raises InputError for a folder that was slimmed to integers already, for what is no decoder,
-    for weights that are not finite, and as load_text_model does.
+    Raises InputError for a folder that holds integers or packed zeros already, for what is no
+    decoder, for weights that are not finite, and as load_text_model does.
     """
     corpus = None
     if source == BOOK:
@@ -65,13 +67,13 @@ def read_original(source: str | os.PathLike, show: bool = True) -> Original:
         change = "name a folder that can be written: SLIMLAB_CACHE=FOLDER"
         require(kept, "the model of the book on the disk", "one in memory alone", change)
     else:
-        change = "give the original: its report.json says under source which it was"
-        require(
-            not is_quantized(source),
-            "a model of floats, to be made smaller",
-            f"{source}, which holds integers",
-            change,
-        )
+        for holds, one in _PACKED.items():
+            require(
+                not (Path(source) / one).is_file(),
+                "a model that is whole, to be made smaller",
+                f"{source}, which holds {holds}",
+                "give the original: its report.json says under source which it was",
+            )
         trained = load_text_model(source, device="cpu")
     change = "give a model that scores next tokens: slimlab train makes such"
     given = f"{source}: a {type(trained.model).__name__}"
@@ -85,16 +87,20 @@ def read_original(source: str | os.PathLike, show: bool = True) -> Original:
 def load_any_model(path: str | os.PathLike, device: str | torch.device = "auto") -> TextModel:
     """Load a model and its tokenizer, of floats or of integers.
 
-    path     what load_text_model reads, or a folder of integers that slim_checkpoint wrote
+    path     what load_text_model reads, or what slim_checkpoint wrote
     device   "auto", or PyTorch's name of one; integers stay on the processor if "auto"
     returns  a TextModel in evaluation mode
 
     Raises InputError that says what is missing, damaged or does not fit.
     """
-    if not is_quantized(path):
+    path, place = Path(path), device
+    if (path / quantize_pack.TABLE).is_file():
+        model, _ = load_quantized_model(path)
+        place = "cpu" if device == "auto" else device
+    elif (path / prune_file.TABLE).is_file():
+        model, _ = load_sparse_model(path)
+    else:
         return load_text_model(path, device)
-    path = Path(path)
-    model, extra = load_quantized_model(path)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     require(
         tokenizer.vocab_size == model.config.vocab_size,
@@ -102,16 +108,7 @@ def load_any_model(path: str | os.PathLike, device: str | torch.device = "auto")
         f"{path}: one of {tokenizer.vocab_size}",
         "put the tokenizer.json of the original beside it",
     )
-    place = choose_device("cpu" if device == "auto" else device)
-    return TextModel(model.to(place).eval(), tokenizer, str(path))
-
-
-def is_quantized(path: str | os.PathLike) -> bool:
-    """Tell whether a folder holds integers.
-
-    path  any
-    """
-    return (Path(path) / TABLE).is_file()
+    return TextModel(model.to(choose_device(place)).eval(), tokenizer, str(path))
 
 
 def weight_files(folder: Path) -> list[Path]:

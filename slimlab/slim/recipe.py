@@ -91,11 +91,11 @@ def slim_checkpoint(
 def _write(source, out: Path, original: Original, corpus, work: Work, stages, small) -> SlimReport:
     """Write, read back and measure under a temporary name; then give it its own."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    tokenizer, settings = original.trained.tokenizer, asdict(work.config)
+    tokenizer = original.trained.tokenizer
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        folder = write_model(temporary, small, tokenizer, settings, corpus.fingerprint)
+        folder = write_model(temporary, small, tokenizer, work.config, corpus.fingerprint)
         report = _report(source, out, work, corpus, original, temporary, folder, stages)
         write_json(temporary / "report.json", report.as_dict())
         (temporary / "report.txt").write_text(report.as_text() + "\n", encoding="utf-8")

@@ -10,7 +10,8 @@ from slimlab.config import check_choice, check_number, check_size, require
 from slimlab.slim.distill_losses import DIVERGENCES, check_temperature
 
 FORMATS = ("int8", "int4", "int3", "int2")
-PARTS = ("neurons", "heads", "both")
+PARTS = ("neurons", "heads", "both", "weights", "2:4")
+MASKED = ("weights", "2:4")  # zeros in matrices of the old shape
 ACTIVATIONS = ("none", "dynamic")
 
 
@@ -25,8 +26,11 @@ class SlimConfig:
     soft_weight          of every training here: from 0, the true tokens alone, to 1, the original
                          alone
     divergence           "forward" or "reverse", see slimlab.slim.distill_losses.soft_loss
-    prune                the part that is removed for good, from 0 up to, not including, 1
-    prune_what           "neurons" of the feed-forward layers, "heads", or "both"
+    prune                the part that goes, from 0 up to, not including, 1
+    prune_what           "neurons" of the feed-forward layers, "heads", or "both": removed for good;
+                         single "weights" of least magnitude, or two of every four, "2:4" (0.5 is
+                         the only part then): zeros that the file does not hold, though memory and
+                         time stay as they are; not with quantize, which stores zeros like others
     prune_steps          updates of retraining; 0: none
     quantize             "int8", one scale per channel, or "int4", "int3" and "int2", one of 16
                          bits per group of weights; embeddings too
@@ -79,10 +83,21 @@ class SlimConfig:
         check_size("batch_size", self.batch_size)
         check_number("peak_lr", self.peak_lr, float, 0, float("inf"), above=True)
         check_number("seed", self.seed, int, 0, 2**32 - 1)
-        if self.prune is not None:
-            check_number("prune", self.prune, float, 0, 1)
-        check_choice("prune_what", self.prune_what, PARTS)
+        self._check_pruning()
         self._check_quantization()
+
+    def _check_pruning(self) -> None:
+        check_choice("prune_what", self.prune_what, PARTS)
+        if self.prune is None:
+            return
+        check_number("prune", self.prune, float, 0, 1)
+        half = self.prune == 0.5 or self.prune_what != "2:4"
+        asked, change = "prune = 0.5 with two of every four", "give prune=0.5"
+        require(half, asked, f"prune = {self.prune:g}", change)
+        given = f"prune_what = {self.prune_what!r} with quantize = {self.quantize!r}"
+        change = 'give prune_what="neurons", or leave quantize out'
+        asked = "integers without single zeros, which would be stored like any other number"
+        require(not (self.quantize and self.prune_what in MASKED), asked, given, change)
 
     def _check_quantization(self) -> None:
         check_choice("activations", self.activations, ACTIVATIONS)

@@ -137,8 +137,8 @@ def find_checkpoint(path: str | os.PathLike, say: Callable[[str], None] = print)
     pickles = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if pickles:
         change = f"{pickles[0]} is a pickle, which is never opened here; look for .safetensors"
-    elif "quantized.json" in names:
-        change = "it holds integers, which slimlab.slim.load.load_any_model reads"
+    elif {"quantized.json", "sparse.json"} & set(names):
+        change = "it was made smaller: slimlab.slim.load.load_any_model reads it"
     elif "config.json" in names:
         change = "weights of others are read by slimlab.model.pretrained.from_pretrained"
     listed = ", ".join(names[:6]) or "nothing"

@@ -1,0 +1,109 @@
+"""The pruning step of slim_checkpoint, with retraining.
+
+Neurons and heads are removed for good: file, memory and time shrink. Single weights become zeros,
+which only the file need not hold. Chapter 15 measures both.
+
+Production removes a little, retrains, and removes again, for as long as the budget lasts.
+"""
+
+import copy
+
+from slimlab.config import require
+from slimlab.model.transformer import Decoder
+from slimlab.slim.prune_masks import PruneMasks, two_four_mask
+from slimlab.slim.prune_scores import magnitude_masks, prunable_weights
+from slimlab.slim.prune_structure import (
+    head_scores,
+    neuron_scores,
+    remove_heads,
+    remove_neurons,
+    weakest,
+)
+from slimlab.slim.prune_training import GradualMasks
+from slimlab.slim.recipe_config import MASKED, SlimConfig
+from slimlab.slim.recipe_work import Work, learn
+
+RISING = 2 / 3  # of the retraining in which sparsity rises; the rest is for what stays
+
+
+def sizes_left(model: Decoder, config: SlimConfig) -> dict[str, int]:
+    """Tell what pruning will leave of every layer.
+
+    model    left as it is
+    config   its prune, prune_what
+    returns  "neurons" and "heads"
+
+    Raises InputError if a layer would be empty, with the largest sparsity that leaves something.
+    """
+    sizes = model.config
+    left = {"neurons": sizes.d_ff, "heads": sizes.num_heads}
+    if config.prune is None:
+        return left
+    if config.prune_what in MASKED:
+        if config.prune_what == "weights":
+            magnitude_masks(prunable_weights(model), config.prune)
+        else:
+            for weight in prunable_weights(model).values():
+                two_four_mask(weight)
+        return left
+    for name, (count, step) in _prunable(model, config).items():
+        left[name] = count - _num_removed(config.prune, count, step)
+        require(
+            left[name] > 0,
+            f"a sparsity that leaves something of the {count} {name} of a layer",
+            f"prune = {config.prune:g}, all {count} would go",
+            f"give at most {1000 * (count - step) // count / 1000:g}",
+        )
+    return left
+
+
+def prune_step(model: Decoder, work: Work) -> Decoder:
+    """Prune a copy of a model and train what is left.
+
+    model    left as it is
+    work     its config says what goes
+    returns  a model of fewer numbers, or with zeros
+    """
+    config, smaller = work.config, copy.deepcopy(model)
+    if config.prune_what in MASKED:
+        return _with_zeros(smaller, work)
+    prunable = _prunable(model, config)
+    if "heads" in prunable:
+        count, step = prunable["heads"]
+        gone = _num_removed(config.prune, count, step)
+        smaller = remove_heads(smaller, weakest(head_scores(smaller), gone, num_groups=step))
+    if "neurons" in prunable:
+        gone = _num_removed(config.prune, *prunable["neurons"])
+        smaller = remove_neurons(smaller, weakest(neuron_scores(smaller), gone))
+    return learn(smaller, work, config.prune_steps)
+
+
+def _with_zeros(model: Decoder, work: Work) -> Decoder:
+    config, weights = work.config, prunable_weights(model)
+    model.requires_grad_(True)
+    rising = int(RISING * config.prune_steps)
+    if config.prune_what == "weights" and rising:
+        gradual = GradualMasks(model, final_sparsity=config.prune, num_steps=rising)
+        learn(model, work, config.prune_steps, watch=gradual)
+        gradual.masks.finish()
+        return model
+    if config.prune_what == "weights":
+        found = magnitude_masks(weights, config.prune)
+    else:
+        found = {name: two_four_mask(weight) for name, weight in weights.items()}
+    masks = PruneMasks(model, found)
+    learn(model, work, config.prune_steps, watch=lambda _: masks.apply())
+    masks.finish()
+    return model
+
+
+def _prunable(model: Decoder, config: SlimConfig) -> dict[str, tuple[int, int]]:
+    """What is removed: name -> how many a layer has, and the number that must go together."""
+    sizes = model.config
+    shared = 1 if sizes.num_kv_heads == sizes.num_heads else sizes.num_kv_heads
+    parts = {"neurons": (sizes.d_ff, 1), "heads": (sizes.num_heads, shared)}
+    return parts if config.prune_what == "both" else {config.prune_what: parts[config.prune_what]}
+
+
+def _num_removed(sparsity: float, count: int, step: int) -> int:
+    return step * round(sparsity * count / step)

@@ -1,0 +1,103 @@
+"""The last step of slim_checkpoint: integers for every linear layer and table.
+
+Chapter 15 measures what it costs; slimlab.slim.quantize does the work. Production chooses a width
+for each layer by what it costs there.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from slimlab.model.transformer import Decoder
+from slimlab.plan.quantized_size import QuantScheme
+from slimlab.slim.quantize import quantize_model
+from slimlab.slim.quantize_training import FakeQuantizedEmbedding, FakeQuantizedLinear
+from slimlab.slim.recipe_config import SlimConfig
+from slimlab.slim.recipe_work import Work, learn
+from slimlab.text.batches import token_windows
+from slimlab.text.progress import progress_bar
+
+GROUP_SIZE, LEAST_GROUP = 32, 16
+CALIBRATION_BATCHES, CALIBRATION_WINDOWS = 8, 8
+
+
+def quantize_step(model: Decoder, work: Work) -> nn.Module:
+    """Quantize a copy of a model, layers of one width after the other.
+
+    model    left as it is; groups have a size for each width
+    work     its config says how
+    returns  a model of integers
+    """
+    config, small = work.config, model
+    if config.aware_steps:
+        small = learn(_pretending(copy.deepcopy(small), config), work, config.aware_steps)
+    below = config.quantize != "int8"
+    rounding = config.rounding or ("compensated" if below else "nearest")
+    layers = _layers(small)
+    schemes = {name: scheme_of(config, one.weight.shape[1]) for name, one in layers.items()}
+    batches = _calibration(work) if rounding == "compensated" else None
+    for scheme in dict.fromkeys(schemes.values()):
+        small = quantize_model(
+            small,
+            scheme,
+            activations=config.activations,
+            rounding=rounding,
+            batches=batches,
+            skip=[
+                name for name, one in schemes.items() if one != scheme and name in _layers(small)
+            ],
+        )
+    return small
+
+
+def _in_turn(schemes: Iterable[QuantScheme], show: bool) -> Iterator[QuantScheme]:
+    different = list(dict.fromkeys(schemes))
+    with progress_bar("quantizing", len(different), shown=show) as bar:
+        for scheme in different:
+            yield scheme
+            bar.update()
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear | nn.Embedding)
+    }
+
+
+def _pretending(model: Decoder, config: SlimConfig) -> Decoder:
+    for name, one in _layers(model).items():
+        scheme = scheme_of(config, one.weight.shape[1])
+        if isinstance(one, nn.Linear):
+            layer = FakeQuantizedLinear(one, scheme, config.activations != "none")
+        else:
+            layer = FakeQuantizedEmbedding(one, scheme)
+        model.set_submodule(name, layer)
+    return model
+
+
+def _calibration(work: Work) -> list[Tensor]:
+    seq_len = work.teacher.config.seq_len
+    drawn = token_windows(
+        work.ids, seq_len, CALIBRATION_WINDOWS, CALIBRATION_BATCHES, work.config.seed
+    )
+    return [inputs for inputs, _ in drawn]
+
+
+def scheme_of(config: SlimConfig, width: int) -> QuantScheme:
+    """Choose how a matrix becomes integers.
+
+    config   its quantize and quant_group_size
+    width    columns of the matrix
+    returns  a QuantScheme
+    """
+    num_bits = int(config.quantize.removeprefix("int"))
+    if num_bits == 8:
+        return QuantScheme(8)
+    size = config.quant_group_size
+    if size is None:
+        fitting = [n for n in range(LEAST_GROUP, width + 1) if width % n == 0]
+        size = min(fitting or [width], key=lambda n: abs(n - GROUP_SIZE))
+    return QuantScheme(num_bits, granularity="group", quant_group_size=size, scale_dtype="bfloat16")
