@@ -67,10 +67,6 @@ class Multiplications(TorchDispatchMode):
         super().__init__()
         self.most, self.count = most, 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import PyTorch's compiler: two seconds, for nothing here
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run one operation of PyTorch and add what it multiplies."""
         found = function(*args, **(kwargs or {}))
