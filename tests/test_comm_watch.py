@@ -6,6 +6,7 @@ The table of cases is in failure_cases; the last tests here are the parts it res
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,15 +16,24 @@ import uuid
 import psutil
 import pytest
 from comm_runtimes import why_not
-from failure_cases import CASES, EVERYWHERE, OUTSIDE, run_case, run_outside
+from failure_cases import (
+    CASES,
+    EVERYWHERE,
+    OUTSIDE,
+    command,
+    environment,
+    run_case,
+    run_outside,
+)
 
 from slimlab.comm.board import Board
 from slimlab.comm.calls import Call, Progress
 from slimlab.comm.channel import SIZES, Channel
 from slimlab.comm.counts import Counts
 from slimlab.comm.keeper import start_keeper
-from slimlab.comm.standing import Standing
+from slimlab.comm.standing import INTERRUPT_S, Standing
 from slimlab.comm.stuck import stuck_ranks
+from slimlab.comm.watch import Watch
 
 # Generous: what is measured is in the docs. Nothing may come anywhere near a hang.
 SOON_S = 15.0
@@ -353,3 +363,65 @@ def test_a_keeper_listens_to_those_only_who_know_its_secret(capfd):
     assert rank.expect("end", 5.0) is not None
     rank.close()
     assert "rank 0 has waited 1 s in recv(src=1, tag=0)" in capfd.readouterr().err
+
+
+STOPPED = """
+import sys, time
+import torch
+from slimlab.comm.connect import connect
+
+comm = connect(timeout_s=90)
+if comm.rank == 0:
+    print("ready", flush=True)
+try:
+    while True:
+        comm.all_reduce(torch.ones(2))
+except KeyboardInterrupt:
+    time.sleep(1.5 * comm.rank)  # longer than a deadlock has to stand still
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun of MPICH", "torchrun"])
+def test_a_program_that_ends_itself_after_an_interrupt_is_not_taken_for_stuck(
+    launcher, monkeypatch, tmp_path
+):
+    if why_not(OUTSIDE[launcher]) is not None:
+        pytest.skip(why_not(OUTSIDE[launcher]))
+    mark, program = uuid.uuid4().hex, tmp_path / "stopped.py"
+    program.write_text(STOPPED)
+    monkeypatch.setenv("SLIMLAB_MARK", mark)
+    started = subprocess.Popen(
+        [*command(launcher, 2), program],
+        env=environment(launcher),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "ready" not in started.stdout.readline():
+        assert started.poll() is None
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)  # before any time limit
+    assert started.returncode != 0
+    assert "All ranks were ended." not in said
+    assert gone(mark)
+
+
+def test_the_ear_for_interrupts_hears_while_the_main_thread_is_busy_and_forgets(monkeypatch):
+    here, there = socket.socketpair()
+    board, watch = Channel(here), Watch(Channel(there), 0, must_last=False)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        watch.hear_interrupts()
+        assert not watch.heard_interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.heard_interrupt()
+        assert board.expect("interrupted", SOON_S)
+        later_s = time.monotonic() + INTERRUPT_S
+        monkeypatch.setattr(time, "monotonic", lambda: later_s)
+        assert not watch.heard_interrupt()
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, before)
+        monkeypatch.undo()
+        watch.farewell()

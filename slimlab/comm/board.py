@@ -7,6 +7,7 @@ and it names the rank that began. Chapter 07 shows the messages.
 PyTorch's ranks each look after themselves and print a message each; MPI's print none.
 """
 
+import math
 import socket
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Board:
         self.hellos: dict[int, dict] = {}
         self.results: dict[int, bytes] = {}
         self.farewells: set[int] = set()
-        self.interrupted = False
+        self.interrupted, self.interrupt_s = False, -math.inf
         self.raised: dict[int, tuple[float, dict, bytes]] = {}
         self.ended: dict[int, tuple[float, str]] = {}
 
@@ -97,6 +98,8 @@ class Board:
         elif kind == "result":
             one.state = "has finished"
             self.results[rank] = blob
+        elif kind == "interrupted":
+            self.interrupt_s = now_s
         elif kind == "farewell":
             one.state = "has finished"
             self.farewells.add(rank)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from slimlab.comm.board import Board, Verdict
 from slimlab.comm.channel import Channel
+from slimlab.comm.standing import INTERRUPT_S
 from slimlab.comm.voice import find_voice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +136,9 @@ class _Keeper:
 
     def _verdict(self) -> Verdict | None:
         # An interrupt from the keyboard ends all ranks, in any order.
-        return None if self.board.interrupted else self.board.verdict(time.monotonic())
+        now_s = time.monotonic()
+        of_late = now_s - self.board.interrupt_s < INTERRUPT_S
+        return None if self.board.interrupted or of_late else self.board.verdict(now_s)
 
     def _end(self, verdict: Verdict) -> None:
         self._say(self._text(verdict).encode(errors="replace"))

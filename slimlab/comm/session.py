@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from slimlab.comm.base import Communicator
+from slimlab.comm.report import CommunicationError
 from slimlab.comm.watch import Watch
 
 LOCALHOST = "127.0.0.1"
@@ -44,13 +45,10 @@ def look_after(
         if os.getpid() != pid:  # a process that the program has forked
             before(kind, error, its_traceback)
             return
-        if isinstance(error, KeyboardInterrupt):
-            if watch is not None:
-                watch.farewell(interrupted=True)
-            os._exit(INTERRUPTED)
-        # A program may have closed it, or have put nothing into its place.
-        with suppress(OSError, ValueError, AttributeError):
-            sys.stdout.flush()
+        lost = isinstance(error, CommunicationError)  # perhaps since another rank has left
+        if isinstance(error, KeyboardInterrupt) or (lost and _was_interrupted(watch)):
+            _leave(watch)
+        _flush()
         text = "".join(traceback.format_exception(error))
         if watch is not None:
             watch.raised(error, text)
@@ -62,6 +60,8 @@ def look_after(
     def finish() -> None:
         if os.getpid() != pid:
             return
+        if _was_interrupted(watch):
+            _leave(watch)  # the others may never come to the end
         try:
             comm.close()
             end_runtime()
@@ -76,4 +76,22 @@ def look_after(
     importlib.import_module("concurrent.futures.thread")
     getattr(threading, "_register_atexit", atexit.register)(finish)
     if watch is not None:
+        watch.hear_interrupts()
         watch.begin(comm.progress)
+
+
+def _was_interrupted(watch: Watch | None) -> bool:
+    return watch is not None and watch.heard_interrupt()
+
+
+def _leave(watch: Watch | None) -> None:
+    _flush()
+    if watch is not None:
+        watch.farewell(interrupted=True)
+    os._exit(INTERRUPTED)
+
+
+def _flush() -> None:
+    # A program may have closed it, or have put nothing into its place.
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()

@@ -14,6 +14,8 @@ from slimlab.comm.report import text_table
 # call that lets other threads run.
 PERIOD_S = 0.2
 SILENT_S = 1.0
+# After an interrupt from the keyboard, so long whatever goes wrong is put down to it.
+INTERRUPT_S = 10.0
 
 
 @dataclass

@@ -9,11 +9,13 @@ Production runtimes have such threads too (NCCL's watchdog), but each looks at i
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 
 from slimlab.comm.calls import Progress
@@ -26,7 +28,7 @@ from slimlab.comm.report import (
     user_line,
 )
 from slimlab.comm.stacks import offer_stack
-from slimlab.comm.standing import PERIOD_S
+from slimlab.comm.standing import INTERRUPT_S, PERIOD_S
 
 # Counts are sent once a rank has stood still for so long: most calls are over by then.
 COUNTS_AFTER_S = 2 * PERIOD_S
@@ -58,6 +60,8 @@ class Watch:
         self._main, self._pid = threading.get_ident(), os.getpid()
         self._parent, self._start_s = os.getppid(), time.monotonic()
         self._over = threading.Event()
+        self._ear: socket.socket | None = None
+        self._interrupt_s = -INTERRUPT_S
         self._progress: Progress | None = None
         host = socket.gethostname()
         channel.send(
@@ -75,6 +79,37 @@ class Watch:
         """
         self._progress = progress
         self._channel.send("row", **self._row())
+
+    def hear_interrupts(self) -> None:
+        """Hear of interrupts from the keyboard also while the main thread waits in C.
+
+        Python tells the main thread when it comes back, which may be never. Does nothing in
+        another thread, or where the program has such an ear of its own.
+        """
+        ear, mouth = socket.socketpair()
+        for one in (ear, mouth):
+            one.setblocking(False)
+        try:
+            before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        except ValueError:
+            before = None
+        if before != -1:
+            if before is not None:
+                signal.set_wakeup_fd(before)
+            ear.close()
+            mouth.close()
+            return
+        self._ear, self._mouth = ear, mouth
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def heard_interrupt(self) -> bool:
+        """Tell whether an interrupt from the keyboard has come of late, and tell the board too."""
+        if self._ear is not None:
+            with suppress(BlockingIOError):
+                if signal.SIGINT in self._ear.recv(1024):
+                    self._interrupt_s = time.monotonic()
+                    self._channel.send("interrupted")
+        return time.monotonic() - self._interrupt_s < INTERRUPT_S
 
     def raised(
         self, error: BaseException, traceback: str, blob: bytes = b"", line: str | None = None
@@ -137,6 +172,7 @@ class Watch:
             gone = os.getppid() != self._parent or (self._must_last and not self._channel.open)
             if self._over.is_set():
                 return
+            self.heard_interrupt()
             if gone or any(words["kind"] == "end" for words, _ in frames):
                 self._end()
             if not self._channel.open:
