@@ -24,6 +24,7 @@ from slimlab.demos import (
     ping_pong,
     pipeline,
     ring_all_reduce,
+    slim,
     tensor_parallel,
     zero,
 )
@@ -46,6 +47,7 @@ SMALL = {
     "tensor_parallel": ["--batch", "2"],
     "pipeline": ["--batch", "3", "--micro-batches", "2", "--schedule", "zb_v"],
     "hybrid": ["--batch", "4"],
+    "slim": ["--batch", "3"],
 }
 LEAST = {"ping_pong": 2}
 TRAINING = {
@@ -54,6 +56,7 @@ TRAINING = {
     "tensor_parallel": tensor_parallel,
     "pipeline": pipeline,
     "hybrid": hybrid,
+    "slim": slim,
 }
 LAUNCHERS = {
     "mpirun": [str(MPIRUN["mpich"]), "-n", "2", sys.executable],
@@ -78,6 +81,7 @@ def last_line(output):
 def test_there_is_a_demo_for_every_module_and_a_name_for_every_demo():
     folder = ROOT / "slimlab" / "demos"
     helpers = {"__init__", "common", "measure", "report", "training", "training_checks"}
+    helpers |= {"slim_checks"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(DEMOS)
 
 
@@ -122,6 +126,7 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
         ("torchrun", "data_parallel"),
         ("torchrun", "zero"),
         ("torchrun", "pipeline"),
+        ("torchrun", "slim"),
     ],
 )
 def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
@@ -161,6 +166,7 @@ SABOTAGE = {
     "tensor_parallel": (tensor_parallel, "predict_start", lambda real: lambda *_: ()),
     "pipeline": (pipeline, "peak_activations", lambda real: lambda plan: [7] * plan.num_stages),
     "hybrid": (hybrid, "stage_shapes", lambda real: lambda *args: {"lm_head.weight": (3, 5)}),
+    "slim": (slim, "predict_start", lambda real: lambda *_: ()),
 }
 
 
@@ -194,8 +200,8 @@ def test_a_demo_whose_result_is_wrong_on_one_rank_ends_with_exit_code_1(monkeypa
 def test_a_run_unlike_that_of_one_process_ends_with_exit_code_1(name, monkeypatch):
     real = TRAINING[name].train_alone
 
-    def other(model, batches):
-        run = real(model, batches)
+    def other(*args):
+        run = real(*args)
         first = next(iter(run.weights))
         run.weights[first] = run.weights[first] * (1 + 1e-9)
         return run

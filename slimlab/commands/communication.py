@@ -25,6 +25,7 @@ DEMOS = (
     "tensor_parallel",
     "pipeline",
     "hybrid",
+    "slim",
 )
 BACKENDS = ("threads", "gloo", "mpi", "nccl")
 

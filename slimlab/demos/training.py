@@ -22,7 +22,7 @@ from slimlab.config import ModelConfig
 from slimlab.demos.common import number
 from slimlab.demos.report import Report
 from slimlab.model.build import build_model
-from slimlab.train.accumulate import accumulate_gradients
+from slimlab.train.accumulate import Objective, accumulate_gradients
 from slimlab.train.objectives import IGNORE, causal_objective
 from slimlab.train.optimizer import make_optimizer
 from slimlab.train.recipe import MODEL, VOCAB_SIZE
@@ -98,15 +98,18 @@ def make_batches(
     return batches
 
 
-def train_alone(model: nn.Module, batches: Sequence[Batch]) -> Run:
+def train_alone(
+    model: nn.Module, batches: Sequence[Batch], objective: Objective = causal_objective
+) -> Run:
     """Train in this process, on whole batches.
 
-    model    changed in place
-    batches  one per step
+    model      changed in place
+    batches    one per step
+    objective  what is to be learned
     """
     optimizer, losses, gradients = make_optimizer("adamw", model, lr=LR, eps=EPS), [], []
     for batch in batches:
-        loss, _ = accumulate_gradients(model, batch, causal_objective)
+        loss, _ = accumulate_gradients(model, batch, objective)
         losses.append(float(loss))
         gradients.append({name: param.grad.clone() for name, param in model.named_parameters()})
         optimizer.step()
