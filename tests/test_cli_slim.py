@@ -12,8 +12,7 @@ from slimlab.cli import main
 from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
-from slimlab.slim import recipe
-from slimlab.slim import report as report_of
+from slimlab.slim import measure, recipe
 from slimlab.slim.distill import fingerprint
 from slimlab.slim.load import load_any_model, read_original
 from slimlab.slim.prune_masks import is_two_four
@@ -24,7 +23,7 @@ from slimlab.slim.recipe import SlimConfig, slim_checkpoint
 from slimlab.text.corpus import corpus_from
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint import save_checkpoint
-from slimlab.train.text_model import END_OF_TEXT, load_text_model
+from slimlab.train.text_model import END_OF_TEXT, held_out_bits_per_byte, load_text_model
 
 WORDS = ["the", "cat", "and", "a", "dog", "sat", "or", "ran", "on", "under", "over", "our", "mat"]
 SIZES = {"seq_len": 16, "d_model": 32, "num_layers": 2, "num_heads": 4, "feed_forward": "swiglu"}
@@ -35,8 +34,8 @@ FEW = {"batch_size": 2, "distill_steps": 2, "prune_steps": 2}
 def quickly():
     """Speeds are measured in each run, but here twice are enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_of, "ROUNDS", 2)
-        patch.setattr(report_of, "WRITTEN_TOKENS", 2)
+        patch.setattr(measure, "ROUNDS", 2)
+        patch.setattr(measure, "WRITTEN_TOKENS", 2)
         yield
 
 
@@ -132,10 +131,13 @@ def test_memory_is_that_of_tensors_and_far_less_than_the_originals(three, kept):
     assert report.memory_ratio < 0.3
 
 
-def test_what_is_read_back_is_what_was_measured_bit_for_bit(grouped):
+def test_what_is_read_back_is_what_was_measured_bit_for_bit(grouped, kept, corpus):
     _, report = grouped
     assert report.stages[-1].bits_per_byte == report.stages[-2].bits_per_byte
     assert report.slim.bits_per_byte == report.stages[-1].bits_per_byte
+    trained = load_text_model(kept, "cpu")
+    wanted = held_out_bits_per_byte(trained.model, trained.tokenizer, corpus)
+    assert report.original.bits_per_byte == wanted
     assert report.price == report.slim.bits_per_byte - report.original.bits_per_byte
 
 

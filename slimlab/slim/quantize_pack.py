@@ -74,8 +74,10 @@ def unpack(packed: Tensor, num_columns: int, scheme: QuantScheme) -> Tensor:
     width = _field(scheme)
     per_code = scheme.num_bits // width
     fields = _split(packed, 8, width)[..., : num_columns * per_code]
-    places = torch.arange(0, scheme.num_bits, width, dtype=torch.uint8, device=packed.device)
-    codes = (fields.unflatten(-1, (-1, per_code)) << places).sum(dim=-1, dtype=torch.uint8)
+    codes = fields
+    if per_code > 1:
+        places = torch.arange(0, scheme.num_bits, width, dtype=torch.uint8, device=packed.device)
+        codes = (fields.unflatten(-1, (-1, per_code)) << places).sum(dim=-1, dtype=torch.uint8)
     if not scheme.symmetric:
         return codes
     return codes.to(torch.int8) + scheme.lowest

@@ -27,12 +27,13 @@ import torch
 from slimlab.config import InputError, require
 from slimlab.model.tensor_files import sync
 from slimlab.slim.load import BOOK, Original, load_any_model, read_original, weight_files
+from slimlab.slim.measure import measure_quality, measure_speed, measured
 from slimlab.slim.recipe_config import SlimConfig
 from slimlab.slim.recipe_steps import Work, check_steps, run_steps, write_model
-from slimlab.slim.report import SlimReport, Stage, measure_speed, measured
+from slimlab.slim.report import SlimReport, Stage
 from slimlab.text.corpus import Corpus, reference_corpus
 from slimlab.train.checkpoint_folder import write_json
-from slimlab.train.text_model import encode_documents, held_out_bits_per_byte
+from slimlab.train.text_model import encode_documents
 
 
 def slim_checkpoint(
@@ -69,11 +70,15 @@ def slim_checkpoint(
     corpus = corpus or original.corpus or reference_corpus()
     change = "give a text of which a part is held out: corpus_from(..., held_out_fraction=0.1)"
     require(bool(corpus.held_out), "held-out text to measure by", "none", change)
-    tokenizer = original.trained.tokenizer
+    train_ids, held_out_ids = (
+        encode_documents(original.trained.tokenizer, part)
+        for part in (corpus.train, corpus.held_out)
+    )
     work = Work(
         original.trained.model,
-        encode_documents(tokenizer, corpus.train),
-        lambda model: held_out_bits_per_byte(model, tokenizer, corpus),
+        train_ids,
+        held_out_ids,
+        lambda model: measure_quality(model, held_out_ids, corpus.held_out_bytes, show),
         config,
         show,
         say,
@@ -120,9 +125,8 @@ def _report(
     """Measure both models, the small one as it is read back from the disk."""
     read = load_any_model(temporary, "cpu")
     before = original.trained.model
-    ids = encode_documents(read.tokenizer, corpus.held_out)
-    speed = measure_speed(before, read.model, ids, work.show)
-    found = held_out_bits_per_byte(read.model, read.tokenizer, corpus)
+    speed = measure_speed(before, read.model, work.held_out_ids, work.show)
+    found = work.measure(read.model)
     sides = []
     for place, (model, at, bits) in enumerate(
         ((before, original.folder, stages[0].bits_per_byte), (read.model, folder, found))

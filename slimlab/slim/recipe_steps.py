@@ -21,13 +21,14 @@ from slimlab.plan.quantized_size import safetensors_bytes
 from slimlab.slim import prune_file, quantize_pack
 from slimlab.slim.distill import freeze
 from slimlab.slim.distill_start import spread_layers, student_from_layers
+from slimlab.slim.measure import count_numbers
 from slimlab.slim.prune_file import packed_state, save_sparse_model
 from slimlab.slim.quantize_file import save_quantized_model
 from slimlab.slim.recipe_config import MASKED, SlimConfig
 from slimlab.slim.recipe_prune import prune_step, sizes_left
 from slimlab.slim.recipe_quantize import quantize_step, scheme_of
 from slimlab.slim.recipe_work import Work, learn
-from slimlab.slim.report import Stage, count_numbers
+from slimlab.slim.report import Stage
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint import save_checkpoint
 from slimlab.train.checkpoint_folder import FORMAT

@@ -21,6 +21,7 @@ class Work:
 
     teacher  the original
     ids      (N,) of the text to learn from
+    held_out_ids  (M,) of the text to measure by
     measure  model -> bits per byte of the held-out text
     config   a SlimConfig
     show     draw bars
@@ -29,6 +30,7 @@ class Work:
 
     teacher: Decoder = field(repr=False)
     ids: Tensor = field(repr=False)
+    held_out_ids: Tensor = field(repr=False)
     measure: Callable[[nn.Module], float]
     config: SlimConfig
     show: bool
