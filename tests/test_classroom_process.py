@@ -52,6 +52,26 @@ def test_each_property_earns_its_own_points(check):
     assert [one.points for one in report.outcomes] == [1, 2, 0]
 
 
+def test_a_check_may_end_at_the_first_property_that_does_not_hold(check):
+    wrong = GOOD_BAND.replace("d < width", "d <= width")
+    whole, part = check(wrong), check(wrong, until_failed=True)
+    assert [one.kind for one in whole.outcomes] == ["passed", "failed", "passed"]
+    assert [one.kind for one in part.outcomes] == ["passed", "failed", "not run"]
+    assert part.first_message() == whole.first_message()
+    assert "saw: row" in part.text()
+    slow = GOOD_BAND.replace("        raise ValueError(width)", "        while True: pass")
+    report = check(slow.replace("d >= 0", "d > 0"), until_failed=True)
+    assert [one.kind for one in report.outcomes] == ["passed", "failed", "not run"]
+    assert check(slow, until_failed=True).outcomes[2].kind == "stopped"
+    assert check(GOOD_BAND, until_failed=True).score == 4
+
+
+def test_only_one_check_waits_for_what_torch_imports_late(check):
+    asks = "import sys\nprint([one for one in ('sympy', 'torch._dynamo') if one in sys.modules])\n"
+    assert check(GOOD_BAND + asks + "import sympy, torch._dynamo\n").printed == "[]"
+    assert check(GOOD_BAND + asks).printed == "['sympy', 'torch._dynamo']"
+
+
 def test_reports_are_the_same_every_time(check):
     wrong = GOOD_BAND.replace("torch.arange(T)[None, :]", "torch.rand(1, T)")
     texts = {check(wrong).text() for _ in range(3)}

@@ -40,9 +40,11 @@ class Answer:
         return self.path.with_suffix(".txt")
 
     def check(self, keeper: Keeper) -> Report:
+        """Return what the grader says; a wrong answer's report ends where its message is found."""
         mark = f"ex-{self.exercise.number.replace('.', '-')}"
         cell = Cell("cell 1", self.path.read_text(encoding="utf-8"), mark)
-        return keeper.check(self.exercise, collect([cell], self.exercise.number))
+        work = collect([cell], self.exercise.number)
+        return keeper.check(self.exercise, work, until_failed=not self.is_right)
 
 
 def all_exercises() -> dict[str, Exercise]:
@@ -81,7 +83,7 @@ def main(numbers: list[str]) -> int:
             found += complaints(answer, report)
             if not answer.is_right:
                 write_atomically(answer.message_path, f"{report.first_message()}\n".encode())
-                print(f"{answer.exercise.number} {answer.path.name}: {report!r}")
+                print(f"{answer.exercise.number} {answer.path.name}")
                 print("    " + report.first_message().replace("\n", "\n    "))
     print("\n".join(found))
     return 1 if found else 0

@@ -3,6 +3,7 @@
 It watches wall-clock time, resident memory and output of what it forked, ends it with everything
 that it started, and tells slimlab.classroom.process property by property. When a property is ended
 by a limit, a fresh process goes on with the next one, so that the rest still earns points.
+Graders, and what torch imports late, are imported here, so that only one check waits for them.
 Chapters' exercises use it. It is a limit, not a sandbox; production services grade in containers.
 """
 
@@ -58,12 +59,17 @@ def serve(job: dict, connection: Connection) -> None:
     def tell(**content: object) -> None:
         connection.send_bytes(json.dumps(content).encode())
 
+    from slimlab.classroom import worker
+
+    worker.import_grader(job)
     end_at = time.monotonic() + job["total_deadline_s"]
+    late = ""
     while job["first"] < len(job["properties"]):
         run = Watched(job, connection, end_at)
         for result in run.results():
+            late += str(result.pop("late", ""))
             tell(**result)
-            if result["event"] == "unloadable":
+            if is_last(result, job):
                 job["first"] = len(job["properties"])
             elif result["event"] == "done":
                 job["first"] = result["index"] + 1
@@ -72,6 +78,15 @@ def serve(job: dict, connection: Connection) -> None:
         if not run.any_result or time.monotonic() > end_at:
             break
     tell(event="end")
+    worker.import_late(late)
+
+
+def is_last(result: dict, job: dict) -> bool:
+    """Return whether nothing more of `job` is to be run after `result`."""
+    if result["event"] == "done":
+        failed = job["until_failed"] and result["kind"] != "passed"
+        return failed or result["index"] == len(job["properties"]) - 1
+    return result["event"] == "unloadable"
 
 
 class Watched:
@@ -175,8 +190,7 @@ class Watched:
                 self.stage_end = now + self.job["deadlines_s"][self.stage]
             elif event in ("done", "unloadable"):
                 self.any_result = True
-                last = content.get("index") == len(self.job["properties"]) - 1
-                self.stage = "over" if last or event == "unloadable" else "between"
+                self.stage = "over" if is_last(content, self.job) else "between"
                 yield content
 
     def over_limit(self) -> tuple[str, str, str] | None:

@@ -64,21 +64,24 @@ class Keeper:
         name: str | None = None,
         seed: int = 0,
         hint: int = 0,
+        until_failed: bool = False,
     ) -> Report:
         """Run `submission` and return its report.
 
-        exercise    what is checked
-        submission  the student's cells
-        name        whose numbers are drawn; None takes those of the book
-        seed        the seed of the class
-        hint        how many hints the report shows
+        exercise      what is checked
+        submission    the student's cells
+        name          whose numbers are drawn; None takes those of the book
+        seed          the seed of the class
+        hint          how many hints the report shows
+        until_failed  end at the first property that does not hold; the rest counts as not run
         """
         check_hint(exercise, hint)
         if submission.problem is not None:
             return nothing_checked(exercise, submission.problem, hint)
         with self.lock:
             try:
-                return self._check(exercise, self._job(exercise, submission, name, seed), hint)
+                job = self._job(exercise, submission, name, seed)
+                return self._check(exercise, job | {"until_failed": until_failed}, hint)
             except BaseException:
                 self.close()
                 raise
@@ -114,9 +117,11 @@ class Keeper:
         if problem is not None and not found:
             rows = nothing_checked(exercise, problem).outcomes
             return Report(exercise, rows, problem, _shown(printed), hint=hint)
-        late = problem or NO_TIME
+        why, kind = problem or NO_TIME, "stopped"
+        if job["until_failed"] and any(one.kind != "passed" for one in found.values()):
+            why, kind = None, "not run"
         rows = tuple(
-            found.get(k, Outcome(one.name, 0, one.points, "stopped", late))
+            found.get(k, Outcome(one.name, 0, one.points, kind, why))
             for k, one in enumerate(exercise.properties)
         )
         return Report(exercise, rows, None, _shown(printed), hint=hint)
