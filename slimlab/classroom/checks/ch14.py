@@ -175,13 +175,28 @@ def check_scales(student, maxima: Tensor, group: int, look: str) -> None:
         expect(fits, f"{what}: {name}: {saw}", f"({size},), {dtype}", form)
     place = "whose mean is taken off"
     expect_close(mean, maxima.double().mean(), f"{what}: mean", place, form=form, **FLOAT32)
-    saw = function_of(student, "decode_scales")(codes, scales, mean, group)
+    meant = decoded(codes, scales, float(mean), group)
     for number, part in enumerate(maxima.split(group)):
         half_step = float((part.double() - maxima.double().mean()).abs().max()) / 254
-        own = saw[number * group : number * group + len(part)]
-        label = f"{what}: maxima of group {number}, encoded and decoded"
+        own = meant[number * group : number * group + len(part)]
+        label = f"{what}: what group {number} means"
         near = {"atol": 1.001 * half_step + 3e-7, "rtol": 0.0, "reason": "half a step"}
-        expect_close(own, part, label, look, form="what decode_scales returns", **near)
+        expect_close(own, part, label, look, **near)
+    # Codes that are not the student's own: what is decoded must come from the arguments.
+    scales, mean = 1.5 * scales + 0.01, 0.5
+    saw = function_of(student, "decode_scales")(codes.flip(0), scales.clone(), mean, group)
+    wanted = decoded(codes.flip(0), scales, mean, group)
+    place = "which scale belongs to which code, and what was taken off"
+    expect_close(saw, wanted, f"decode_scales, groups of {group}", place, **FLOAT32)
+
+
+def decoded(codes: Tensor, scales: Tensor, mean: float, group: int) -> Tensor:
+    """Compute what codes, scales and mean mean, in float64.
+
+    codes, scales, mean, group  as in the exercise
+    """
+    own = torch.arange(len(codes)) // group
+    return codes.double() * scales.double()[own] + mean
 
 
 @bell.property("encode_scales, decode_scales: within half a step", points=2)

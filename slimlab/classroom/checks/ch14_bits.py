@@ -129,7 +129,7 @@ def checked_bits(one: object, shape: tuple, what: str) -> int:
     look = "the return line: a row of scales and zeros for each row of the weight"
     fits = type(one) is Tensor and one.dim() == 2 and one.shape[0] == shape[0]
     fits = fits and one.shape[1] > 0 and shape[1] % one.shape[1] == 0 and not one.is_complex()
-    asked = f"a tensor of shape ({shape[0]}, G), where G divides {shape[1]}"
+    asked = f"a tensor of real numbers, of shape ({shape[0]}, G), where G divides {shape[1]}"
     expect(fits, f"{what}: {form_of(one)}", asked, look)
     finite = bool(torch.isfinite(one.float()).all())
     expect(finite, f"{what}: nan or infinity", "finite numbers", "what is divided by what")
@@ -164,9 +164,15 @@ def check_score(student, most: float, look: str) -> None:
     expect(score <= most, saw, f"at most {most:g}", look)
 
 
-@few_bits.property("in the budget, and no worse than the nearest", points=4)
+@few_bits.property("in the budget, and near the weight", points=2)
 def _(student, numbers):
     look = "scale * (codes - zero) beside the weight: how far is each number from its own step?"
+    check_score(student, 1.3, look)
+
+
+@few_bits.property("no worse than the nearest", points=2)
+def _(student, numbers):
+    look = "how many steps a row has for its whole range, and what a zero that moves saves"
     check_score(student, 1.0 + 1e-3, look)
 
 

@@ -23,6 +23,7 @@ NUM_HEADS, D_HEAD, GROUP = 2, 16, 8
 SLACK_BYTES = 256
 ROOM = 2.0
 NUM_QUERIES = 6
+FOUR_BITS = "more is not the fault of four bits"
 
 cache = Exercise(
     "14.3",
@@ -210,13 +211,14 @@ def _(student, numbers):
         what = f"{count} tokens, groups of {group}"
         look = "which tokens and heads are attended to, the root of E, and buffers written over"
         filled = Filled(student, tokens, count, group, what)
-        filled.check_error(0.2, "which four bits cannot explain", look)
+        filled.check_error(0.2, FOUR_BITS, look)
 
 
 @cache.property("two caches in use at a time, and a query after every token", points=1)
 def _(student, numbers):
     tokens, others = drawn_tokens(12, 5, "even"), drawn_tokens(12, 8, "even")
     first = Filled(student, tokens, 12, 4, "12 tokens, groups of 4")
+    first.check_error(0.2, FOUR_BITS, "the output of one cache, before there are two")
     before = first.attend()
     Filled(student, others, 9, 4, "9 tokens in another cache").attend()
     look = "what the class holds and not the object"
@@ -260,4 +262,4 @@ def _(student, numbers):
         filled = Filled(student, tokens, count, group, f"{count} tokens, groups of {group}")
         filled.check_bytes()
         look = "the output, before memory is saved"
-        filled.check_error(0.2, "which four bits cannot explain", look)
+        filled.check_error(0.2, FOUR_BITS, look)
