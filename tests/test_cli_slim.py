@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from slimlab.cli import main
 from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
-from slimlab.slim import measure, recipe
+from slimlab.slim import load, measure, recipe
 from slimlab.slim.distill import fingerprint
 from slimlab.slim.load import load_any_model, read_original
 from slimlab.slim.prune_masks import is_two_four
@@ -423,6 +424,30 @@ def test_the_command_speaks_of_options(kept, tmp_path):
     assert result.exit_code == 2
     assert ".png" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_that_nothing_was_written_when_it_is_stopped(kept, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "run_steps", stop)
+    result = run("slim", kept, tmp_path / "out", "--quantize", "int8")
+    assert result.exit_code == 130
+    assert "out was not written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_book_is_the_model_of_the_book_with_its_text(kept, corpus, tmp_path, monkeypatch):
+    trained = load_text_model(kept, "cpu")
+    book = SimpleNamespace(**{**vars(trained), "source": str(kept)}, corpus=corpus)
+    monkeypatch.setattr(load, "reference_model", lambda progress: book)
+    report = slim("book", tmp_path / "out", None, quantize="int8")
+    assert report.text["fingerprint"] == corpus.fingerprint
+    assert report.notes == ()
+    assert report.original.weights_bytes > report.slim.weights_bytes > 0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        slim("./book", tmp_path / "other", corpus, quantize="int8")
 
 
 def run(*arguments):

@@ -86,14 +86,18 @@ def slim(
     from slimlab.slim.recipe import SlimConfig, slim_checkpoint
 
     config = SlimConfig(peak_lr=given.pop("lr"), **given)
-    report = slim_checkpoint(
-        source,
-        out,
-        config,
-        corpus=_corpus(texts, held_out),
-        show=sys.stderr.isatty(),
-        say=partial(click.echo, err=True),
-    )
+    try:
+        report = slim_checkpoint(
+            source,
+            out,
+            config,
+            corpus=_corpus(texts, held_out),
+            show=sys.stderr.isatty(),
+            say=partial(click.echo, err=True),
+        )
+    except KeyboardInterrupt:
+        click.echo(f"slimlab: stopped; {out} was not written, {source} is as it was", err=True)
+        sys.exit(130)
     _draw(report, figure or out / "report.png")
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
