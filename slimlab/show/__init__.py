@@ -6,6 +6,7 @@ Chapters write `from slimlab import show` and call `show.attention_map(...)`.
 from slimlab.show.architecture import framed_figure, mask_panels
 from slimlab.show.charts import bars, curves, ledger_figure
 from slimlab.show.diagrams import box_figure, flow_figure, lanes_figure, matrix_product_figure
+from slimlab.show.images import images_figure
 from slimlab.show.intervals import interval_figure
 from slimlab.show.maps import attention_map, heads_figure, mask_figure
 from slimlab.show.mesh import mesh_figure
@@ -34,6 +35,7 @@ __all__ = [
     "flow_figure",
     "framed_figure",
     "heads_figure",
+    "images_figure",
     "interval_figure",
     "lanes_figure",
     "layout_figure",
