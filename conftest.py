@@ -26,6 +26,9 @@ def pytest_configure(config):
     if config.getoption("nbval", default=False):
         # The first import on a machine builds a font cache and says so in a cell's output.
         import matplotlib.font_manager
+        import perturb_plugin
+
+        config.pluginmanager.register(perturb_plugin)
     else:
         import matplotlib
 

@@ -1,7 +1,8 @@
 """What the chapters cover: read the tables, check them against the cells, try to break the cells.
 
     python tools/covered.py                          print what is covered and what is wrong
-    python tools/covered.py perturb 01_attention     run a chapter's perturbations
+    python tools/covered.py perturb 01_attention     run a chapter's perturbations, which nbval
+                                                     does too (perturb_plugin.py)
 
 chapters/coverage/01_attention.toml holds the items of one chapter:
 
@@ -19,13 +20,9 @@ rebinds names; it must not change objects in place. `perturb_at` names the cell 
 """
 
 import ast
-import contextlib
 import html
-import io
 import json
-import linecache
 import os
-import random
 import sys
 import tomllib
 import traceback
@@ -34,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+from perturbing import run_cell, try_to_break
 
 ROOT = Path(__file__).resolve().parents[1]
 MIN_PERTURBED_SHARE = 1 / 3
@@ -189,43 +187,11 @@ def perturb_chapter(notebook, items: list[Item]) -> dict[str, str]:
         if not waiting:
             break
         for item in waiting.pop(cell.id, []):
-            outcome[f"{item.id} {item.perturb_at}"] = try_to_break(item, cell, names)
+            trial = (item.id, item.perturb, cell.id, cell.source, names)
+            outcome[f"{item.id} {item.perturb_at}"] = try_to_break(*trial)
         run_cell(cell.source, cell.id, names)
     outcome |= {f"{item.id} {name}": "no such cell" for name in waiting for item in waiting[name]}
     return outcome
-
-
-def try_to_break(item: Item, cell, names: dict) -> str:
-    """Run the perturbation and the cell, then put all names back."""
-    torch = sys.modules.get("torch")
-    saved, drawn = dict(names), random.getstate()
-    generator = torch.get_rng_state() if torch else None
-    try:
-        run_cell(item.perturb, f"{item.id}-perturbation", names)
-    except Exception as error:
-        return f"the perturbation itself fails: {error!r}"
-    else:
-        try:
-            run_cell(cell.source, cell.id, names)
-            return "the cell passes although the quantity is perturbed"
-        except AssertionError:
-            return "caught"
-        except Exception as error:
-            return f"{type(error).__name__} instead of AssertionError: {error}"
-    finally:
-        names.clear()
-        names.update(saved)
-        if torch:
-            torch.set_rng_state(generator)
-        random.setstate(drawn)
-
-
-def run_cell(source: str, name: str, names: dict) -> None:
-    """Execute `source` in `names`, without its printed text; tracebacks show its lines."""
-    file = f"<cell {name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(source, file, "exec"), names)
 
 
 def perturb_main(chapter: str, chapters: Path) -> int:
