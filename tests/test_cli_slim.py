@@ -12,6 +12,8 @@ from training_cases import small_disk
 from slimlab.cli import main
 from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
+from slimlab.model.families import family_config
+from slimlab.model.pretrained import save_pretrained
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
 from slimlab.slim import load, measure, recipe
 from slimlab.slim.distill import fingerprint
@@ -463,3 +465,16 @@ def test_figures_show_every_step_and_the_front_leaves_out_what_is_beaten(three, 
     assert pareto_front([(3, 1), (1, 2), (2, 3), (2, 1.5)]) == [(1, 2), (2, 1.5), (3, 1)]
     with pytest.raises(InputError, match="at least one report"):
         pareto_figure({})
+
+
+def test_a_folder_in_the_form_of_transformers_is_a_source_too(corpus, tmp_path):
+    tokenizer = Tokenizer.train(corpus.train, 20, (END_OF_TEXT,))
+    sizes = {"vocab_size": tokenizer.vocab_size, "seq_len": 16, "d_model": 32, "num_layers": 1}
+    model = build_model(family_config("gpt2", **sizes, num_heads=2))
+    save_pretrained(model, tmp_path / "gpt2")
+    tokenizer.save(tmp_path / "gpt2" / "tokenizer.json")
+    report = slim(tmp_path / "gpt2", tmp_path / "out", corpus, quantize="int8")
+    size = (tmp_path / "gpt2" / "model.safetensors").stat().st_size
+    assert report.original.weights_bytes == size
+    assert "does not name" in report.notes[0]
+    assert load_any_model(tmp_path / "out").model.config.positions == "learned"
