@@ -20,6 +20,7 @@ from slimlab.classroom.grading import expect
 
 SEEDS = (11, 12, 13)
 HIGHEST = 7
+NEARLY_ONE = 1.02  # another type of the scale rounds a little otherwise
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 few_bits = Exercise(
@@ -173,7 +174,7 @@ def _(student, numbers):
 @few_bits.property("no worse than the nearest", points=2)
 def _(student, numbers):
     look = "how many steps a row has for its whole range, and what a zero that moves saves"
-    check_score(student, 1.0 + 1e-3, look)
+    check_score(student, NEARLY_ONE, look)
 
 
 @few_bits.property("at most 0.93 of its error: a better range", points=2)
@@ -217,4 +218,5 @@ def check_corner(student, layer: Layer, what: str) -> None:
     """
     part = layer.error(rebuilt(student, layer, what)) / layer.nearest_error()
     look = "scales of 0, and an inverse where there is none"
-    expect(part <= 1.001, f"{what}: an error of {part:.2f} of the nearest's", "at most 1", look)
+    saw = f"{what}: an error of {part:.2f} of that of the nearest"
+    expect(part <= NEARLY_ONE, saw, f"at most {NEARLY_ONE:g}", look)
