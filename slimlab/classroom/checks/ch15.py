@@ -24,6 +24,7 @@ from slimlab.classroom.grading import expect, expect_close, expect_equal
 __all__ = ["retrained", "several_of", "smaller"]
 
 ROUNDING = {"atol": 1e-10, "rtol": 1e-10, "reason": "float64 rounding"}
+EXACTLY = {"rtol": 0.0, "reason": "whole numbers"}
 BY_HAND = {"rtol": 0.005, "reason": "you may round"}
 PATTERNS = ((2, 4), (1, 4), (4, 8), (1, 2), (3, 4))
 ODD_PATTERNS = ((2, 6), (3, 5), (1, 3), (5, 16), (2, 7))
@@ -75,6 +76,12 @@ def true_mask(weight: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
+def expect_unchanged(given: Tensor, before: Tensor, what: str) -> None:
+    """Fail unless what was given to the student's function is as it was before; what names it."""
+    same = torch.equal(given, before)
+    expect(same, f"{what} changed its argument", "it as it was", "lines in place")
+
+
 def check_mask(student, weight: Tensor, n: int, m: int, what: str, look: str) -> None:
     """Compare the student's mask with the oracle's; what and look are for the message."""
     given = weight.clone()
@@ -85,9 +92,11 @@ def check_mask(student, weight: Tensor, n: int, m: int, what: str, look: str) ->
     wanted = true_mask(weight, n, m)
     expect_equal(tuple(saw.shape), tuple(wanted.shape), f"{what}: shape", look)
     counts = saw.reshape(-1, m).sum(1)
-    expect_close(counts, torch.full_like(counts, n), f"{what}: kept in each group", look)
-    expect_close(saw.int(), wanted.int(), what, look)
-    expect(torch.equal(given, weight), f"{what} changed its argument", "it as it was", "lines")
+    expect_close(counts, torch.full_like(counts, n), f"{what}: kept in each group", look, **EXACTLY)
+    expect_close(saw.int(), wanted.int(), what, look, **EXACTLY)
+    expect(
+        torch.equal(given, weight), f"{what} changed its argument", "it as it was", "lines in place"
+    )
 
 
 @several_of.property("masks of n of m", points=2)
@@ -108,7 +117,9 @@ def packed_by(student, weight: Tensor, n: int, m: int) -> dict:
     fits = isinstance(saw, dict) and all(isinstance(one, Tensor) for one in saw.values())
     what = f"pack of a matrix {tuple(weight.shape)}, {n} of {m}"
     expect(fits, f"{what}: {form_of(saw)}", "a dictionary of tensors", "the return line")
-    expect(torch.equal(given, weight), f"{what} changed its argument", "it as it was", "lines")
+    expect(
+        torch.equal(given, weight), f"{what} changed its argument", "it as it was", "lines in place"
+    )
     return {
         name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in saw.items()
     }

@@ -1,0 +1,19 @@
+import torch
+
+
+def smaller_layer(up, up_bias, down, down_bias, inputs, num_kept):
+    """The four tensors of a layer with num_kept neurons."""
+    hidden = (inputs @ up.T + up_bias).clamp(min=0)
+    centred = hidden - hidden.mean(0)  # what is constant goes into the bias
+    gram = centred.T @ centred
+    gram = gram + 1e-11 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    kept = list(range(len(gram)))
+    while True:  # one neuron after the other, the cheapest first
+        inverse = torch.linalg.inv(gram[kept][:, kept])
+        new_down = down @ gram[:, kept] @ inverse  # least squares
+        if len(kept) == num_kept:
+            break
+        price = new_down.square().sum(0) / inverse.diagonal()
+        kept.pop(int(price.argmin()))
+    bias = down_bias + down @ hidden.mean(0) - new_down @ hidden[:, kept].mean(0)
+    return up[kept], up_bias[kept], down[:, kept], bias
