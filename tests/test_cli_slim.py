@@ -432,11 +432,13 @@ def test_the_command_says_that_nothing_was_written_when_it_is_stopped(kept, tmp_
     def stop(*_):
         raise KeyboardInterrupt
 
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(documents()))
     monkeypatch.setattr(recipe, "run_steps", stop)
-    result = run("slim", kept, tmp_path / "out", "--quantize", "int8")
+    result = run("slim", kept, tmp_path / "out", "--quantize", "int8", "--text", text)
     assert result.exit_code == 130
     assert "out was not written" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def test_book_is_the_model_of_the_book_with_its_text(kept, corpus, tmp_path, monkeypatch):
