@@ -10,28 +10,30 @@ from slimlab.slim.quantize_pack import from_parts, parts_of
 class SmallCache:
     """Keys and values in four bits; the last few tokens in float32."""
 
-    SCHEME = QuantScheme(4, symmetric=False, granularity="channel", scale_dtype="bfloat16")
     keys, values = [], []
 
     def __init__(self, num_heads, d_head, group):
+        self.scheme = QuantScheme(4, symmetric=False, scale_dtype="bfloat16")
         self.shape, self.group = (num_heads, d_head), group
         self.waiting = []
 
     def append(self, key, value):
+        """Add a token; key and value (H, E)."""
         self.waiting.append((key.clone(), value.clone()))
         if len(self.waiting) == self.group:
             keys, values = (torch.stack(some, dim=1) for some in zip(*self.waiting))
             # a row shares a scale: a channel of all tokens (H, E, g), a token's value (H, g, E)
-            self.keys.append(parts_of(quantize(keys.mT, self.SCHEME)))
-            self.values.append(parts_of(quantize(values, self.SCHEME)))
+            self.keys.append(parts_of(quantize(keys.mT, self.scheme)))
+            self.values.append(parts_of(quantize(values, self.scheme)))
             self.waiting = []
 
     def attend(self, query):
+        """Attend with query (H, E) to all tokens so far; returns (H, E)."""
         H, E = self.shape
         keys, values = [], []
         for key_parts, value_parts in zip(self.keys, self.values):
-            keys.append(from_parts(key_parts, (H, E, self.group), self.SCHEME).dequantize().mT)
-            values.append(from_parts(value_parts, (H, self.group, E), self.SCHEME).dequantize())
+            keys.append(from_parts(key_parts, (H, E, self.group), self.scheme).dequantize().mT)
+            values.append(from_parts(value_parts, (H, self.group, E), self.scheme).dequantize())
         keys += [key[:, None] for key, _ in self.waiting]
         values += [value[:, None] for _, value in self.waiting]
         scores = torch.cat(keys, dim=1) @ query[..., None] / math.sqrt(E)
