@@ -139,7 +139,11 @@ def on_processes(comm):
     models = [quantized(**options) for options in (*EXACT.values(), *ROUNDED.values())]
     parts = in_parts(comm, copy.deepcopy(models))
     shares = [data_parallel_logits(one, IDS, comm) for one in models]
-    return parts, shares, counted_forward(comm, quantized(**EXACT["dynamic"]))
+    with torch.no_grad():  # not every runtime's maximum sees NaN
+        layer = RowParallelInt8Linear(models[0].blocks[0].attention.out_proj, comm)
+        spoilt = layer(torch.full((1, 12), torch.nan if comm.rank == 1 else 1.0))
+    calls = counted_forward(comm, quantized(**EXACT["dynamic"]))
+    return parts, shares, bool(spoilt.isfinite().any()), calls
 
 
 @pytest.mark.parametrize("runtime", ["gloo", "mpich"])
@@ -150,7 +154,8 @@ def test_processes_equal_one_process(runtime):
         results = run_ranks(on_processes, 2, backend=backend)
     cases = [*EXACT.items(), *ROUNDED.items()]
     expected = [quantized(**options)(IDS).detach() for _, options in cases]
-    for parts, shares, calls in results:
+    for parts, shares, finite, calls in results:
+        assert not finite
         for (case, _), part, share, true in zip(cases, parts, shares, expected, strict=True):
             bound = 0.0 if case in EXACT else 1e-6 * float(true.norm())
             assert float((part - true).norm()) <= bound, case
@@ -234,6 +239,19 @@ def test_rows_of_a_part_have_the_integers_and_scales_of_the_whole(num_bits):
     joined = torch.cat([cut_rows(whole, (n, 3)).table.quantized().integers for n in range(3)])
     assert torch.equal(joined, whole.table.quantized().integers)
     x = numbers(5, 18, seed=2)
+    parts = torch.cat([cut_rows(whole, (n, 3))(x) for n in range(3)], dim=-1)
+    assert float((parts - whole(x)).abs().max()) < 1e-5
+
+
+def test_rows_of_a_part_have_the_outliers_and_the_smoothing_of_the_whole():
+    x, weight, places = numbers(5, 18, seed=1), numbers(12, 18), torch.tensor([3, 11])
+    table = QuantizedWeight(quantize(weight.index_fill(1, places, 0), QuantScheme()))
+    options = {
+        "outliers": places,
+        "outlier_weight": weight[:, places],
+        "smoothing": x.abs().amax(0),
+    }
+    whole = Int8Linear(table, numbers(12, seed=2), **options)
     parts = torch.cat([cut_rows(whole, (n, 3))(x) for n in range(3)], dim=-1)
     assert float((parts - whole(x)).abs().max()) < 1e-5
 

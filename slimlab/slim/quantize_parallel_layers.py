@@ -198,9 +198,8 @@ def cut_quantized(whole: Quantized, dim: int, part: tuple[int, int]) -> Quantize
     maps = []
     for one in (whole.scale, whole.zero_point):
         if one is not None and one.shape[dim] > 1:  # else all the parts share it
-            one = one.narrow(
-                dim, number * (one.shape[dim] // num_parts), one.shape[dim] // num_parts
-            )
+            num_own = one.shape[dim] // num_parts
+            one = one.narrow(dim, number * num_own, num_own)
         maps.append(None if one is None else one.clone())
     integers = whole.integers.narrow(dim, number * size, size)
     integers = integers.clone(memory_format=torch.contiguous_format)
