@@ -114,39 +114,59 @@ def test_every_demo_agrees_with_its_prediction_on_processes(name, runtime):
     assert found["agrees"]
 
 
-# Each start of processes takes seconds, and all demos start in the same way: not all pairs.
-@pytest.mark.parametrize(
-    ("launcher", "name"),
-    [
-        ("mpirun", "hello"),
-        ("mpirun", "ring_all_reduce"),
-        ("mpirun", "tensor_parallel"),
-        ("mpirun", "hybrid"),
-        ("torchrun", "hello"),
-        ("torchrun", "data_parallel"),
-        ("torchrun", "zero"),
-        ("torchrun", "pipeline"),
-        ("torchrun", "slim"),
-    ],
-)
-def test_a_demo_runs_unchanged_under_a_launcher(name, launcher):
+def launch(launcher, *program):
+    """Start two processes of `program` and return what they printed."""
     if launcher == "mpirun" and (reason := why_not("mpich")):
         pytest.skip(reason)
-    command = [*LAUNCHERS[launcher], "-m", f"slimlab.demos.{name}"]
     result = subprocess.run(
-        [*command, *SMALL[name], "--ranks", "2", "--json"],
+        [*LAUNCHERS[launcher], *program],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    return result.stdout
+
+
+def check_launched(name, launcher, printed):
+    lines = printed.splitlines()
     assert sum(line.startswith(f"{name}: 2 ranks") for line in lines) == 1
-    found = last_line(result.stdout)
+    found = last_line(printed)
     assert found["backend"] == {"mpirun": "mpi", "torchrun": "gloo"}[launcher]
-    assert (found["world_size"], found["agrees"]) == (2, True)
+    assert (found["demo"], found["world_size"], found["agrees"]) == (name, 2, True)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_demo_runs_unchanged_under_a_launcher(launcher):
+    printed = launch(launcher, "-m", "slimlab.demos.hello", "--ranks", "2", "--json")
+    check_launched("hello", launcher, printed)
+
+
+# Each start of processes takes seconds, so one start runs several; and all demos start in the same
+# way: not all pairs.
+@pytest.mark.parametrize(
+    ("launcher", "names"),
+    [
+        ("mpirun", ["ring_all_reduce", "tensor_parallel", "hybrid"]),
+        ("torchrun", ["data_parallel", "zero", "pipeline", "slim"]),
+    ],
+)
+def test_demos_run_one_after_another_under_a_launcher(launcher, names):
+    chosen = {name: [*SMALL[name], "--ranks", "2", "--json"] for name in names}
+    printed = launch(launcher, "tests/demo_runs.py", json.dumps(chosen))
+    for name in names:
+        check_launched(name, launcher, of_demo(name, printed))
+
+
+def of_demo(name, printed):
+    """Return the lines of one demo: a heading, a report, a line of JSON."""
+    lines = printed.splitlines()
+    first = [k for k, line in enumerate(lines) if line.startswith(f"{name}: ")]
+    last = [k for k, line in enumerate(lines) if line.startswith(f'{{"demo": "{name}"')]
+    assert len(first) == len(last) == 1, printed
+    return "\n".join(lines[first[0] : last[0] + 1])
 
 
 def more_traffic(real):
