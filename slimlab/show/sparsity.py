@@ -32,8 +32,8 @@ def sparsity_figure(masks: Mapping[str, Tensor], title: str = "") -> Figure:
         asked, given = f"at most {LARGEST} rows and columns", f"{name}: {array.shape}"
         require(max(array.shape) <= LARGEST, asked, given, "give a corner: mask[:16, :16]")
     longest = max(max(array.shape) for array in arrays.values())
-    cell = min(0.2, 3.0 / longest)
-    size = (len(arrays) * (longest * cell + 0.5) + 0.3, longest * cell + 1.5)
+    cell = min(0.16, 3.0 / longest)
+    size = (len(arrays) * (longest * cell + 0.4) + 0.3, longest * cell + 1.4)
     figure, grid = new_figure(1, len(arrays), figsize=size, squeeze=False)
     for axes, (name, array) in zip(grid[0], arrays.items(), strict=True):
         for where, marker, colour, part, label in (
