@@ -15,7 +15,7 @@ from slimlab.model.build import build_model
 from slimlab.model.families import family_config
 from slimlab.model.pretrained import save_pretrained
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
-from slimlab.slim import load, measure, recipe
+from slimlab.slim import load, measure, recipe, recipe_quantize
 from slimlab.slim.distill import fingerprint
 from slimlab.slim.load import load_any_model, read_original
 from slimlab.slim.prune_masks import is_two_four
@@ -198,6 +198,18 @@ def test_training_with_rounded_weights_changes_them_and_leaves_the_original(
     name = "blocks.0.attention.q_proj.weight"
     assert not torch.equal(none[name].dequantize(), two[name].dequantize())
     assert fingerprint(load_text_model(kept, "cpu").model) == before
+
+
+def test_weights_that_learned_to_be_rounded_are_rounded_to_the_nearest(
+    kept, corpus, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        recipe_quantize, "learn", lambda model, *_, **part: asked.append(part) or model
+    )
+    monkeypatch.setattr(recipe_quantize, "_calibration", lambda _: pytest.fail("compensated"))
+    slim(kept, tmp_path / "out", corpus, quantize="int4", aware_steps=2)
+    assert asked == [{"lr_part": recipe_quantize.AWARE_LR}]
 
 
 def test_without_integers_an_ordinary_run_folder_is_written(kept, corpus, tmp_path):

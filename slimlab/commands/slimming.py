@@ -38,7 +38,7 @@ FIGURES = (".png", ".svg", ".pdf")
               help="int8, int4, int3 or int2; embeddings too.")  # fmt: skip
 @number("--quant-group-size", int, None, "Weights per scale below 8 bits; default: near 32.")
 @click.option("--rounding", default=None,
-              help="nearest or compensated; default: compensated below 8 bits.")  # fmt: skip
+              help="nearest or compensated; default: what suits the rest.")  # fmt: skip
 @click.option("--activations", default="none", show_default=True,
               help="dynamic: int8 layers multiply in int8.")  # fmt: skip
 @number("--aware-steps", int, 0, "Updates with rounded weights before the rounding.")

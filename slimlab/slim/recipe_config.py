@@ -36,12 +36,14 @@ class SlimConfig:
                          bits per group of weights; embeddings too
     quant_group_size     weights that share a scale; None: for each layer the divisor of its width
                          nearest to 32. "int8" has no groups
-    rounding             "nearest" or "compensated"; None: compensated below 8 bits
+    rounding             "nearest" or "compensated"; None: compensated below 8 bits, but nearest
+                         after aware_steps, since the weights then learned to be rounded so
     activations          "dynamic": int8 layers round their inputs too, and multiply in int8;
                          "none": weights become floats when they are used
     aware_steps          updates of training with rounded weights, before the rounding
     batch_size           sequences of an update
-    peak_lr              highest learning rate of every training
+    peak_lr              highest learning rate of every training but that of aware_steps, which
+                         polishes and has 0.3 of it
     seed                 of the windows drawn
 
     Raises InputError if nothing is asked for, a number is out of its range, a choice is unknown, or

@@ -18,6 +18,8 @@ from slimlab.slim.recipe_work import Work, learn
 from slimlab.text.batches import token_windows
 from slimlab.text.progress import progress_bar
 
+# The model of the book in 4 bits, 50 steps: 1.675 bits per byte at 3e-4, 1.685 at 1e-3.
+AWARE_LR = 0.3
 GROUP_SIZE, LEAST_GROUP = 32, 16
 CALIBRATION_BATCHES, CALIBRATION_WINDOWS = 8, 8
 
@@ -31,27 +33,29 @@ def quantize_step(model: Decoder, work: Work) -> nn.Module:
     """
     config, small = work.config, model
     if config.aware_steps:
-        small = learn(_pretending(copy.deepcopy(small), config), work, config.aware_steps)
-    below = config.quantize != "int8"
-    rounding = config.rounding or ("compensated" if below else "nearest")
+        small = learn(
+            _pretending(copy.deepcopy(small), config), work, config.aware_steps, lr_part=AWARE_LR
+        )
+    nearest = config.quantize == "int8" or config.aware_steps
+    rounding = config.rounding or ("nearest" if nearest else "compensated")
     layers = _layers(small)
     schemes = {name: scheme_of(config, one.weight.shape[1]) for name, one in layers.items()}
     batches = _calibration(work) if rounding == "compensated" else None
-    for scheme in dict.fromkeys(schemes.values()):
+    for scheme in _in_turn(schemes.values(), work.show):
+        others = {name for name, one in schemes.items() if one != scheme}
         small = quantize_model(
             small,
             scheme,
             activations=config.activations,
             rounding=rounding,
             batches=batches,
-            skip=[
-                name for name, one in schemes.items() if one != scheme and name in _layers(small)
-            ],
+            skip=[name for name in _layers(small) if name in others],
         )
     return small
 
 
 def _in_turn(schemes: Iterable[QuantScheme], show: bool) -> Iterator[QuantScheme]:
+    """Each different scheme once, with a bar."""
     different = list(dict.fromkeys(schemes))
     with progress_bar("quantizing", len(different), shown=show) as bar:
         for scheme in different:

@@ -38,7 +38,11 @@ class Work:
 
 
 def learn(
-    model: Decoder, work: Work, num_steps: int, watch: Callable[[dict], None] | None = None
+    model: Decoder,
+    work: Work,
+    num_steps: int,
+    watch: Callable[[dict], None] | None = None,
+    lr_part: float = 1.0,
 ) -> Decoder:
     """Train a model by the text and the original together.
 
@@ -46,6 +50,7 @@ def learn(
     work       text, original, settings
     num_steps  updates; 0: none
     watch      as in slimlab.train.loop.train
+    lr_part    part of the config's peak_lr
     returns    the model, in evaluation mode
 
     Raises InputError as train does.
@@ -57,7 +62,7 @@ def learn(
         num_steps=num_steps,
         batch_size=config.batch_size,
         seq_len=model.config.seq_len,
-        peak_lr=config.peak_lr,
+        peak_lr=lr_part * config.peak_lr,
         seed=config.seed,
         device="cpu",
     )
