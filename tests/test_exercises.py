@@ -81,7 +81,12 @@ def test_the_solution_gets_everything_whatever_the_numbers(number, keeper):
     report = points_of(number, "solutions", keeper)
     assert report.score == report.max_score > 0, report.text()
     work = collect(cells_of(number, "solutions"), number)
+    seen = [ALL[number].numbers_for(None)]
     for name in ("Ada Lovelace", "Grace Hopper"):
+        drawn = ALL[number].numbers_for(name, 7)
+        if drawn in seen:
+            continue  # the same check again
+        seen.append(drawn)
         report = keeper.check(ALL[number], work, name, 7)
         assert report.score == report.max_score, f"{name}\n{report.text()}"
 
