@@ -82,8 +82,9 @@ class Layer:
 def rebuilt(student, layer: Layer, what: str) -> Tensor:
     """Call the student's quantize_layer; check form and budget; return the weight that it means.
 
-    layer  weight and inputs that are given
-    what   which layer it is, for the message
+    student  what the student's cells define
+    layer    weight and inputs that are given
+    what     which layer it is, for the message
     """
     given = layer.weight.clone(), layer.inputs.clone()
     result = function_of(student, "quantize_layer")(*given)
@@ -150,8 +151,9 @@ _SCORES: dict[int, float] = {}
 def check_score(student, most: float, look: str) -> None:
     """Fail if the mean error beside that of the nearest is above `most`.
 
-    most  the bound
-    look  where to look, for the message
+    student  what the student's cells define
+    most     the bound
+    look     where to look, for the message
     """
     function = function_of(student, "quantize_layer")
     if id(function) not in _SCORES:
@@ -213,8 +215,9 @@ def _(student, numbers):
 def check_corner(student, layer: Layer, what: str) -> None:
     """Fail unless the answer for a layer is finite and no worse than the nearest.
 
-    layer  weight and inputs
-    what   which layer it is, for the message
+    student  what the student's cells define
+    layer    weight and inputs
+    what     which layer it is, for the message
     """
     part = layer.error(rebuilt(student, layer, what)) / layer.nearest_error()
     look = "scales of 0, and an inverse where there is none"

@@ -63,7 +63,11 @@ class Tokens:
         return torch.einsum("nht,the->nhe", weights, values[:count].double())
 
     def price(self, count: int, group: int) -> float:
-        """Measure the error that four bits cost, keys per channel of a group, values per token."""
+        """Measure the error that four bits cost, keys per channel of a group, values per token.
+
+        count  attend to so many tokens
+        group  tokens in a group; those after the last full one stay as they are
+        """
         full = count - count % group
         keys, values = self.keys.double().clone(), self.values.double().clone()
         for start in range(0, full, group):
@@ -127,7 +131,7 @@ def young_bytes() -> int:
 
 
 def other_bytes(cache: object) -> int:
-    """Count numbers that an object keeps outside tensors: in lists, bytes and arrays."""
+    """Count the bytes that a student's `cache` keeps outside tensors: lists, bytes, arrays."""
     total, seen, left = 0, {}, [vars(cache) if hasattr(cache, "__dict__") else cache]
     while left:
         one = left.pop()
