@@ -9,6 +9,7 @@ Production runs the steps as jobs of their own, days apart, with an evaluation b
 
 import time
 from dataclasses import asdict
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from slimlab.slim.prune_file import packed_state, save_sparse_model
 from slimlab.slim.quantize_file import save_quantized_model
 from slimlab.slim.recipe_config import MASKED, SlimConfig
 from slimlab.slim.recipe_prune import prune_step, sizes_left
-from slimlab.slim.recipe_quantize import quantize_step, scheme_of
+from slimlab.slim.recipe_quantize import quantize_step
 from slimlab.slim.recipe_work import Work, learn
 from slimlab.slim.report import Stage
 from slimlab.text.tokenizer import Tokenizer
@@ -48,9 +49,17 @@ def check_steps(model: Decoder, config: SlimConfig) -> None:
     asked, change = f"at most {sizes.num_layers} layers, as the original has", "take fewer"
     require(num_layers <= sizes.num_layers, asked, given, change)
     left = sizes_left(model, config)
-    if config.quantize is not None:
-        for width in (sizes.d_model, left["neurons"], left["heads"] * sizes.d_head):
-            scheme_of(config, width).scale_shape((1, width))
+    if config.quantize is not None and config.quant_group_size is not None:
+        widths = sorted({sizes.d_model, left["neurons"], left["heads"] * sizes.d_head})
+        size, common = config.quant_group_size, gcd(*widths)
+        fitting = [n for n in range(1, common + 1) if common % n == 0]
+        require(
+            common % size == 0,
+            f"a quant_group_size that divides every width, {', '.join(map(str, widths))}",
+            f"quant_group_size = {size}",
+            "leave quant_group_size out, and each width gets its own; the nearest that divides all "
+            f"is {min(fitting, key=lambda n: abs(n - size))}",
+        )
 
 
 def run_steps(work: Work) -> tuple[list[Stage], nn.Module]:
