@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     collectives,
     common,
+    int8_linear,
     parallel_rivals,
     parallel_steps,
     start_up,
@@ -179,6 +180,27 @@ def test_tokenizers_that_differ_are_refused_before_any_time_is_taken(monkeypatch
     monkeypatch.setattr(tokenizer, "their_copy", copy_without_the_last_merge)
     with pytest.raises(InputError, match="the same ids"):
         tokenizer.Pair(corpus, 5)
+
+
+def test_the_benchmark_of_int8_layers_reports_in_its_form_with_the_instructions(capsys):
+    options = ["--shapes", "8x16", "--rounds", "2", "--calls", "2", "--memory-mib", "0"]
+    int8_linear.main([*options, "--json", "--rivals", *int8_linear._FORMS])
+    found = json.loads(capsys.readouterr().out)
+    tasks = [f"8 x 16, one layer, 2 calls: {name}" for name in int8_linear._FORMS]
+    check_form(found, "int8_linear", tasks, rounds=2)
+    named = found["environment"]["instructions"].split()
+    assert named[0] == torch.backends.cpu.get_cpu_capability()
+    assert len({tuple(row["theirs_s"]) for row in found["results"]}) == 1  # one run of float32
+
+
+def test_int8_layers_that_compute_something_else_are_refused_before_any_time_is_taken(monkeypatch):
+    def halved(linear, sample):
+        return lambda x: linear(x) / 2
+
+    monkeypatch.setitem(int8_linear._FORMS, "int8, dynamic", halved)
+    layers = int8_linear.make_layers((8, 16), 2, ("int8, dynamic",))
+    with pytest.raises(InputError, match="50.0% off"):
+        int8_linear.check_outputs(layers, torch.randn(1, 16))
 
 
 def test_rivals_take_turns_in_alternating_order_after_the_warm_up():
