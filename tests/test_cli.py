@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from slimlab import __version__
-from slimlab.classroom import runner
+from slimlab.classroom import grade, process, runner
 from slimlab.cli import main
 from slimlab.commands.book import title_of
 
@@ -21,9 +21,26 @@ from classroom_cases import GOOD_BAND, GOOD_MEAN, SAMPLE, write_notebook  # isor
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Shared(process.Keeper):
+    """A keeper that outlives the `with` statement of one command; `close` ends it."""
+
+    def __exit__(self, *unused):
+        pass
+
+
+@pytest.fixture(scope="module")
+def keeper():
+    keeper = Shared()
+    yield keeper
+    keeper.close()
+
+
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, keeper):
+    """Call a command; all share a keeper, which takes two seconds to start."""
     monkeypatch.setenv("SLIMLAB_CHECKS", str(SAMPLE))
+    monkeypatch.setattr(process, "Keeper", lambda: keeper)
+    monkeypatch.setattr(grade, "Keeper", lambda: keeper)
     return lambda *arguments: CliRunner().invoke(main, list(map(str, arguments)))
 
 
@@ -199,7 +216,7 @@ def test_a_class_is_graded_by_its_own_rules(run, book):
     assert rows == expected
     assert "not a sandbox" in result.output.lower()
     # a second run replaces the files and does not take the results for a submission
-    assert run("grade", folder, "--submitted", times).exit_code == 0
+    assert run("grade", folder, "--submitted", times, "--jobs", 1).exit_code == 0
     assert len(list((folder / "scores").glob("*.html"))) == 2
 
 
