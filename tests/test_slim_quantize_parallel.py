@@ -423,7 +423,12 @@ REFUSED = {
     "heads": (2, {**GPT, "num_heads": 3}, {}, "(?s)num_heads = 3.*num_heads=2 or 4"),
     "words": (2, {**GPT, "vocab_size": 13}, {}, "vocab_size = 13"),
     "neurons": (2, {**GPT, "d_ff": 25}, {}, "d_ff = 25"),
-    "groups": (2, GPT, groups(8), "(?s)24 columns / 2 ranks = 12, groups of 8.*size=4, or .* of 1"),
+    "groups": (
+        2,
+        GPT,
+        groups(8),
+        "(?s)out_proj and 3 more .* / 2 ranks = 12, groups of 8.*size=4, or .* of 1",
+    ),
     "groups for three": (3, GPT, groups(6), "(?s)24 columns / 3 ranks = 8, groups of 6.*of 1 or 2"),
 }
 
@@ -438,6 +443,16 @@ def test_what_a_cut_would_divide_is_refused_on_every_rank_before_a_weight_is_sen
     world_size, choices, options, message = REFUSED[case]
     for calls in run(world_size, quantized(choices, **options), program):
         assert calls == [("all_gather", 8)]
+
+
+def test_groups_of_rows_that_are_cut_may_be_as_long_as_the_row():
+    def program(comm, model):
+        model = quantized_tensor_parallel(model, comm, cut=("feed_forward",))
+        return whole_logits(model, IDS).detach()
+
+    model = quantized({**GPT, "d_ff": 48}, **groups(24))  # 24 = d_model = d_ff / 2
+    for logits in run(2, model, program):
+        assert float((logits - model(IDS).detach()).norm()) < 1e-6 * float(logits.norm())
 
 
 DIFFERENT = {
