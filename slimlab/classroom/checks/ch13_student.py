@@ -188,7 +188,7 @@ def expect_below(student, bound: float, look: str) -> None:
         expect(found.score < bound, what, f"below {bound:g}", look)
 
 
-@frugal.property("small, and soon done", points=3, deadline_s=20.0)
+@frugal.property("small, and soon done", points=2, deadline_s=20.0)
 def _(student, numbers):
     for seed in SEEDS:
         expect_within(student, seed)
@@ -200,7 +200,7 @@ def _(student, numbers):
     expect_below(student, 0.25, look)
 
 
-@frugal.property("it learned more than 100 inputs can say", points=3, deadline_s=20.0)
+@frugal.property("it learned more than 100 inputs can say", points=4, deadline_s=20.0)
 def _(student, numbers):
     look = "what the teacher could still be asked; then steps, rows in a step and learning rate"
     expect_below(student, 0.14, look)

@@ -151,6 +151,7 @@ def _(student, numbers):
         "given, pruned at the end": "which weights gradient_of is given on the way",
         "clip": "a max_norm that clips: whose gradient has that length?",
         "forget": "the velocity of the weights that stay",
+        "after": "a right program, which must pass",
     }
     for fault, look in looks.items():
         judge(student, (fault,), look)
