@@ -183,6 +183,16 @@ def test_four_bits_in_groups_are_compensated_unless_nearest_is_asked_for(
     assert not torch.equal(near[name].integers, comp[name].integers)
 
 
+def test_sixteen_bits_are_a_cast_of_half_the_size(kept, corpus, tmp_path):
+    report = slim(kept, tmp_path / "out", corpus, quantize="bfloat16")
+    before, after = load_text_model(kept, "cpu").model, load_any_model(tmp_path / "out").model
+    wanted = {name: one.bfloat16() for name, one in before.state_dict().items()}
+    assert all(torch.equal(one, wanted[name]) for name, one in after.state_dict().items())
+    assert report.memory_ratio == 0.5
+    assert report.stages[-1].weights_bytes == report.stages[-2].weights_bytes
+    assert report.stages[-1].bits_per_byte == report.stages[-2].bits_per_byte
+
+
 def test_dynamic_activations_multiply_in_int8(kept, corpus, tmp_path):
     slim(kept, tmp_path / "out", corpus, quantize="int8", activations="dynamic")
     model = load_any_model(tmp_path / "out").model
@@ -301,8 +311,9 @@ def test_a_text_that_the_original_did_not_learn_from_is_noted(kept, tmp_path, th
     [
         ({}, "none of them", 'quantize="int8"'),
         ({"quantize": "int5"}, "quantize = 'int5'", "choose one"),
-        ({"quantize": "bfloat16"}, "quantize = 'bfloat16'", "16 bits is a cast"),
-        ({"quantize": "int8", "quant_group_size": 32}, "quant_group_size = 32", "int4"),
+        ({"quantize": "int16"}, "quantize = 'int16'", "16 bits is a cast: bfloat16"),
+        ({"quantize": "int8", "quant_group_size": 32}, "'int8' with quant_group_size", "int4"),
+        ({"quantize": "float16", "aware_steps": 5}, "'float16' with aware_steps", "int4"),
         ({"quantize": "int4", "activations": "dynamic"}, "activations = 'dynamic'", "int8"),
         ({"quantize": "int4", "rounding": "up"}, "rounding = 'up'", "one of these"),
         ({"distill": True, "distill_temperature": 0}, "distill_temperature = 0", "give"),
@@ -349,7 +360,7 @@ def test_sources_that_cannot_be_made_smaller_are_refused(grouped, kept, corpus, 
     out = tmp_path / "out"
     cases = [
         (tmp_path / "none", "does not exist"),
-        (grouped[0], "which holds integers"),
+        (grouped[0], "which holds numbers of fewer bits"),
         (kept / "tokenizer.json", "a single file"),
     ]
     for source, given in cases:

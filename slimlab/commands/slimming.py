@@ -35,7 +35,7 @@ FIGURES = (".png", ".svg", ".pdf")
               help="neurons, heads or both: removed; weights or 2:4: zeros.")  # fmt: skip
 @number("--prune-steps", int, 200, "Updates of retraining.")
 @click.option("--quantize", default=None, metavar="FORMAT",
-              help="int8, int4, int3 or int2; embeddings too.")  # fmt: skip
+              help="int8, int4, int3, int2, or 16 bits: bfloat16, float16.")  # fmt: skip
 @number("--quant-group-size", int, None, "Weights per scale below 8 bits; default: near 32.")
 @click.option("--rounding", default=None,
               help="nearest or compensated; default: what suits the rest.")  # fmt: skip

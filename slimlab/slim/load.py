@@ -27,7 +27,7 @@ from slimlab.train.text_model import TextModel, load_text_model
 
 BOOK = "book"
 TOKENIZER = "tokenizer.json"
-_PACKED = {"integers": quantize_pack.TABLE, "packed zeros": prune_file.TABLE}
+_PACKED = {"numbers of fewer bits": quantize_pack.TABLE, "packed zeros": prune_file.TABLE}
 # What a run needs to go on, and a model does not need to speak.
 _OF_TRAINING = ("optimizer.safetensors", "random.safetensors")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from slimlab.config import check_choice, check_number, check_size, require
 from slimlab.slim.distill_losses import DIVERGENCES, check_temperature
+from slimlab.slim.quantize_cast import CASTS
 
-FORMATS = ("int8", "int4", "int3", "int2")
+FORMATS = ("int8", "int4", "int3", "int2", *CASTS)
 PARTS = ("neurons", "heads", "both", "weights", "2:4")
 MASKED = ("weights", "2:4")  # zeros in matrices of the old shape
 ACTIVATIONS = ("none", "dynamic")
@@ -33,7 +34,8 @@ class SlimConfig:
                          time stay as they are; not with quantize, which stores zeros like others
     prune_steps          updates of retraining; 0: none
     quantize             "int8", one scale per channel, or "int4", "int3" and "int2", one of 16
-                         bits per group of weights; embeddings too
+                         bits per group of weights; embeddings too. "bfloat16" and "float16" are
+                         casts
     quant_group_size     weights that share a scale; None: for each layer the divisor of its width
                          nearest to 32. "int8" has no groups
     rounding             "nearest" or "compensated"; None: compensated below 8 bits, but nearest
@@ -111,14 +113,15 @@ class SlimConfig:
             asked, given = "aware_steps with quantize", f"aware_steps = {self.aware_steps}"
             require(not self.aware_steps, asked, given, 'give quantize="int4", or aware_steps=0')
             return
-        cast = "; 16 bits is a cast: model.bfloat16()" if "16" in str(self.quantize) else ""
         asked, given = f"quantize: one of {', '.join(FORMATS)}", f"quantize = {self.quantize!r}"
+        cast = "; 16 bits is a cast: bfloat16" if "16" in str(self.quantize) else ""
         require(self.quantize in FORMATS, asked, given, f"choose one of these{cast}")
-        whole = self.quantize == "int8"
-        given = f"quantize = {self.quantize!r}, quant_group_size = {self.quant_group_size}"
-        change = 'leave quant_group_size out, or give quantize="int4"'
-        none = self.quant_group_size is None
-        require(none or not whole, "groups below 8 bits only", given, change)
+        names = ("quant_group_size",) if self.quantize == "int8" else ()
+        if self.quantize in CASTS:  # nothing is rounded to integers
+            names = ("quant_group_size", "rounding", "aware_steps")
+        wrong = " and ".join(name for name in names if getattr(self, name))
+        asked, given = "choices that the format has", f"quantize = {self.quantize!r} with {wrong}"
+        require(not wrong, asked, given, f'leave {wrong} out, or give quantize="int4"')
         given = f"quantize = {self.quantize!r}, activations = {self.activations!r}"
         asked, change = "activations in integers with int8 only", 'give quantize="int8"'
-        require(whole or self.activations == "none", asked, given, change)
+        require(self.quantize == "int8" or self.activations == "none", asked, given, change)

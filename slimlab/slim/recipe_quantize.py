@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimlab.model.transformer import Decoder
 from slimlab.plan.quantized_size import QuantScheme
 from slimlab.slim.quantize import quantize_model
+from slimlab.slim.quantize_cast import CASTS, cast_model
 from slimlab.slim.quantize_training import FakeQuantizedEmbedding, FakeQuantizedLinear
 from slimlab.slim.recipe_config import SlimConfig
 from slimlab.slim.recipe_work import Work, learn
@@ -29,9 +30,11 @@ def quantize_step(model: Decoder, work: Work) -> nn.Module:
 
     model    left as it is; groups have a size for each width
     work     its config says how
-    returns  a model of integers
+    returns  a model of integers, or of 16 bits
     """
     config, small = work.config, model
+    if config.quantize in CASTS:
+        return cast_model(model, config.quantize)
     if config.aware_steps:
         small = learn(
             _pretending(copy.deepcopy(small), config), work, config.aware_steps, lr_part=AWARE_LR

@@ -99,20 +99,22 @@ def _stage(name: str, model: nn.Module, work: Work, start_s: float) -> Stage:
 
 def _file_bytes(model: nn.Module, packed: bool) -> int:
     """Predict the file that a model would be saved in; a test compares it with the one on disk."""
-    kinds = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16"}
+    kinds = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
     kinds |= {torch.int8: "I8", torch.uint8: "U8"}
     tensors, metadata = packed_state(model)[0] if packed else state_of(model), {"format": FORMAT}
     if packed:
         metadata = prune_file.METADATA
-    elif not _is_float(model):
+    elif not _is_whole(model):
         metadata = quantize_pack.METADATA
         tensors = {name.replace(".table.", ".weight."): one for name, one in tensors.items()}
     shapes = {name: (kinds[one.dtype], tuple(one.shape)) for name, one in tensors.items()}
     return safetensors_bytes(shapes, metadata)
 
 
-def _is_float(model: nn.Module) -> bool:
-    return any(isinstance(one, nn.Linear) for one in model.modules())
+def _is_whole(model: nn.Module) -> bool:
+    """Tell whether linear layers have 32 bits: an ordinary checkpoint can hold the model."""
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    return any(one.weight.dtype == torch.float32 for one in layers)
 
 
 def _distil(model: Decoder, work: Work) -> Decoder:
@@ -143,7 +145,7 @@ def write_model(
     Raises InputError or OSError if it cannot be written.
     """
     about = {"slim": asdict(config), "text": text}
-    if not _is_float(model):
+    if not _is_whole(model):
         place = save_quantized_model(folder, model, about)
     elif config.prune is not None and config.prune_what in MASKED:
         place = save_sparse_model(folder, model, about)
