@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimlab.comm.launch import run_ranks
+from slimlab.comm.report import RankError
 from slimlab.config import InputError
 from slimlab.parallel.mesh import Mesh, MeshShape
 from slimlab.parallel.tensor import tensor_parallel, whole_logits
@@ -497,6 +498,12 @@ def test_a_model_in_floats_or_cut_before_is_refused(tmp_path):
         return len(list(tmp_path.iterdir()))
 
     assert run_ranks(program, 2) == [0, 0]
+
+
+def test_threads_that_share_one_model_are_told_to_copy_it():
+    model = quantized()
+    with pytest.raises(RankError, match=r"give copy.deepcopy\(model\) to each"):
+        run_ranks(lambda comm: quantized_tensor_parallel(model, comm), 2)
 
 
 def test_a_plan_refuses_what_a_cut_would_divide():

@@ -89,6 +89,12 @@ def quantized_tensor_parallel(
     _check(model, layers, group.world_size, tuple(cut))
     if broadcast:
         broadcast_model(model, group)
+    require(
+        not hasattr(model, "tensor_parallel"),
+        "a model of its own for every rank",
+        "one object, which another rank has cut meanwhile",
+        "ranks that are threads share what they are given: give copy.deepcopy(model) to each",
+    )
     config, world_size = model.config, group.world_size
     copies = max(world_size // config.num_kv_heads, 1) if "heads" in cut else 1
     params = [name for name, _ in model.named_parameters()]
