@@ -8,7 +8,13 @@ from safetensors import safe_open
 
 from slimlab.config import InputError
 from slimlab.model.tensor_files import check_state, read_tensors, write_tensors
-from slimlab.plan.quantized_size import BITS, QuantScheme, safetensors_bytes, stored_parts
+from slimlab.plan.quantized_size import (
+    BITS,
+    ITEM_BYTES,
+    QuantScheme,
+    safetensors_bytes,
+    stored_parts,
+)
 from slimlab.slim import quantize_pack
 from slimlab.slim.quantize_maps import Quantized, quantize
 from slimlab.slim.quantize_pack import (
@@ -106,6 +112,20 @@ def test_the_size_of_an_ordinary_file_is_predicted_too(tmp_path):
         kinds = {name: ("F32", (3, 5)) for name in tensors} | {"a": ("BF16", (2,))}
         write_tensors(tmp_path / "file.safetensors", tensors)
         assert (tmp_path / "file.safetensors").stat().st_size == safetensors_bytes(kinds)
+
+
+def test_types_of_one_size_stand_in_the_librarys_own_order(tmp_path):
+    types = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32}
+    types |= {"BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+    assert types.keys() == ITEM_BYTES.keys()
+    # the offsets of the longest have more digits than the others': the order decides the size
+    for length in (1, 99, 100_000):
+        for code in types:
+            sizes = {f"n{k}": length if k == code else 1 for k in types}
+            tensors = {f"n{k}": torch.zeros(sizes[f"n{k}"], dtype=one) for k, one in types.items()}
+            write_tensors(tmp_path / "file.safetensors", tensors)
+            kinds = {f"n{k}": (k, (sizes[f"n{k}"],)) for k in types}
+            assert (tmp_path / "file.safetensors").stat().st_size == safetensors_bytes(kinds)
 
 
 def test_the_file_is_safetensors_that_other_programs_read(tmp_path):

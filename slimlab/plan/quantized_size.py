@@ -17,7 +17,8 @@ from slimlab.config import check_choice, check_size, require
 BITS = (8, 4, 3, 2)
 GRANULARITIES = ("tensor", "channel", "group")
 SCALE_DTYPES = ("float32", "bfloat16")
-ITEM_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+# In the order in which the safetensors library writes types: the last of its own list first.
+ITEM_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,13 @@ def safetensors_bytes(
     tensors   name -> the type's name ("F32", "I8", ...) and the shape
     metadata  at most one text for the table, since the library writes several in any order
     returns   bytes: 8 for the table's length, the table, filled with spaces to a multiple of 8,
-              and the tensors, widest type first and then by name, one behind the other
+              and the tensors, in the order of ITEM_BYTES and then by name, one behind the other
     """
     table, place = {}, 0
     if metadata:
         table["__metadata__"] = metadata
-    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
+    kinds = list(ITEM_BYTES)
+    order = sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name))
     for name in order:
         kind, shape = tensors[name]
         end = place + ITEM_BYTES[kind] * prod(shape)
