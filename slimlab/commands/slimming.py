@@ -71,7 +71,8 @@ def slim(
       slimlab slim book runs/small --quantize int4
       slimlab slim book runs/four --quantize int4 --aware-steps 100 --soft-weight 0.9
       slimlab slim book runs/less --distill --prune 0.5 --quantize int8
-      slimlab slim book runs/least --distill --prune 0.5 --quantize int4 --aware-steps 100
+      slimlab slim book runs/least --distill --student-layers 3 --distill-steps 150 --prune 0.25 \\
+          --prune-steps 100 --quantize int4 --aware-steps 100 --soft-weight 0.9
       slimlab slim runs/mine runs/mine_int8 --text notes/ --quantize int8 --activations dynamic
       slimlab generate runs/small --prompt "The"
     \f
