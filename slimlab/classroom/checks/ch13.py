@@ -52,7 +52,7 @@ several = Exercise(
 
 
 def same_memory(logits: list[Tensor]):
-    """Give one after the other in one tensor, as the exercise says; nan at the end."""
+    """Give `logits` one after the other in one tensor, as the exercise says; nan at the end."""
     memory = torch.empty_like(logits[0])
     for one in logits:
         memory.copy_(one)
@@ -61,7 +61,7 @@ def same_memory(logits: list[Tensor]):
 
 
 def normalised(logits: Tensor, temperature: float) -> Tensor:
-    """Return probabilities (..., V); the largest exponent is 0."""
+    """Return the probabilities of `logits` (..., V) at a `temperature`; no exponent is above 0."""
     scaled = logits / temperature
     weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
     return weights / weights.sum(-1, keepdim=True)
@@ -81,9 +81,10 @@ def true_target(logits: list[Tensor], shares: list, temperature: float, mean: st
 def call(student, name: str, logits: list[Tensor], *given) -> Tensor:
     """Call mixed_target or excess with teachers in one memory; return its tensor.
 
-    name    of the function
-    logits  of the teachers
-    given   shares, temperature and mean
+    student  whose function
+    name     of the function
+    logits   of the teachers
+    given    shares, temperature and mean
     """
     shares, *rest = given
     saw = function_of(student, name)(same_memory(logits), list(shares), *rest)
@@ -94,12 +95,12 @@ def call(student, name: str, logits: list[Tensor], *given) -> Tensor:
 
 
 def teachers(seed: int, num_teachers: int, scale: float = 2.0) -> list[Tensor]:
-    """Draw logits (5, 6) of so many teachers from `seed`, `scale` wide."""
+    """Draw logits (5, 6) of `num_teachers` from `seed`, `scale` wide."""
     return [scale * drawn(seed + 10 * k, 5, 6) for k in range(num_teachers)]
 
 
 def check_target(student, mean: str, look: str) -> None:
-    """Compare mixed_target by one mean with the oracle; `look` is where to look."""
+    """Compare the mixed_target of `student` by one mean with the oracle; `look` says where."""
     for k, shares in enumerate(SHARES):
         for temperature in (1.0, 3.0):
             logits = teachers(k, len(shares))
@@ -140,7 +141,7 @@ def _(student, numbers):
 
 
 def check_excess(student, mean: str) -> None:
-    """Compare excess by one mean with what two students drawn at random lose."""
+    """Compare the excess of `student` by one mean with what two students drawn at random lose."""
     looks = {
         "probabilities": "entropies: of which distribution is the first, and of which the others?",
         "logits": "the sum by which a product of powers is divided, and its sign",

@@ -40,7 +40,7 @@ between = Exercise(
 
 
 def decimal_softmax(logits: list[float], temperature: float) -> list[Decimal]:
-    """Return probabilities with 50 digits; minus infinity has 0."""
+    """Return probabilities of `logits` at a `temperature`, in 50 digits; minus infinity has 0."""
     most = max(logits)
     weights = [
         Decimal(0) if one == -math.inf else ((one - most) / Decimal(temperature)).exp()
@@ -50,7 +50,11 @@ def decimal_softmax(logits: list[float], temperature: float) -> list[Decimal]:
 
 
 def decimal_loss(student: list, teacher: list, beta: float, temperature: float) -> Decimal:
-    """Add up T^2 D of one row; student and teacher are lists of logits."""
+    """Add up T^2 D of one row.
+
+    student, teacher   lists of logits
+    beta, temperature  as in the exercise
+    """
     p, q = decimal_softmax(teacher, temperature), decimal_softmax(student, temperature)
     share = Decimal(beta)
     total = Decimal(0)

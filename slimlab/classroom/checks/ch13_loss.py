@@ -96,7 +96,10 @@ def given_loss(student_logits, teacher_logits, targets, temperature, soft_weight
 
 
 def true_loss(student_logits, teacher_logits, targets, temperature, soft_weight) -> Tensor:
-    """Add up the chapter's loss token by token; arguments as in the exercise."""
+    """Add up the chapter's loss token by token.
+
+    student_logits, teacher_logits, targets, temperature, soft_weight  as in the exercise
+    """
     losses = []
     rows = zip(student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), targets.flatten())
     for z, t, target in rows:
@@ -110,7 +113,12 @@ def true_loss(student_logits, teacher_logits, targets, temperature, soft_weight)
 
 
 def drawn_tokens(seed: int, num_hidden: int, scale: float = 2.0):
-    """Draw logits of student and teacher (2, 4, 5) and targets, of which num_hidden are -100."""
+    """Draw logits of student and teacher (2, 4, 5) and targets (2, 4).
+
+    seed        others for each
+    num_hidden  of the targets are -100
+    scale       of the logits
+    """
     targets = torch.randint(5, (2, 4), generator=torch.Generator().manual_seed(seed))
     targets.view(-1)[:num_hidden] = -100
     return scale * drawn(seed, 2, 4, 5), scale * drawn(seed + 1, 2, 4, 5), targets

@@ -83,7 +83,10 @@ def expect_unchanged(given: Tensor, before: Tensor, what: str) -> None:
 
 
 def check_mask(student, weight: Tensor, n: int, m: int, what: str, look: str) -> None:
-    """Compare the student's mask with the oracle's; what and look are for the message."""
+    """Compare the student's mask of `weight`, n of m, with the oracle's.
+
+    what, look  for the message
+    """
     given = weight.clone()
     saw = function_of(student, "nm_mask")(given, n, m)
     what = f"nm_mask of {what}, {n} of {m}"
@@ -111,7 +114,7 @@ def _(student, numbers):
 
 
 def packed_by(student, weight: Tensor, n: int, m: int) -> dict:
-    """Return what the student's pack stores of a pruned matrix; fail if it is no dictionary."""
+    """Return what the student's pack stores of `weight`, n of m; fail if it is no dictionary."""
     given = weight.clone()
     saw = function_of(student, "pack")(given, n, m)
     fits = isinstance(saw, dict) and all(isinstance(one, Tensor) for one in saw.values())
@@ -126,13 +129,17 @@ def packed_by(student, weight: Tensor, n: int, m: int) -> dict:
 
 
 def pruned(seed: int, rows: int, columns: int, n: int, m: int) -> Tensor:
-    """Draw a matrix and prune it, from `seed`, to n of m."""
+    """Draw a matrix (rows, columns) from `seed` and prune it to n of m."""
     weight = drawn(seed, rows, columns)
     return weight * true_mask(weight, n, m)
 
 
 def check_product(student, weight: Tensor, n: int, m: int, num_rows: int, look: str) -> None:
-    """Pack `weight`, multiply, and compare with the dense product for num_rows rows of x."""
+    """Let `student` pack `weight`, n of m, and multiply; compare with the dense product.
+
+    num_rows  of x
+    look      where to look
+    """
     stored = packed_by(student, weight, n, m)
     x = drawn(50, num_rows, weight.shape[1]).to(weight.dtype)
     saw = function_of(student, "multiply")(stored, x.clone(), n, m)

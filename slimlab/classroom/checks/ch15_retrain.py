@@ -21,7 +21,7 @@ from slimlab.classroom.grading import CheckFailed, expect, expect_close, expect_
 ROUNDING = {"atol": 1e-10, "rtol": 1e-10, "reason": "float64 rounding"}
 EXACTLY = {"rtol": 0.0, "reason": "what is gone is gone"}
 BY_HAND = {"rtol": 0.005, "reason": "you may round"}
-RIGHT = ("", "after", "steps")
+RIGHT = ("steps", "", "after")
 FAULTS = {
     "": "a right program, which prunes the velocity too",
     "after": "a right program, which prunes after every step",
@@ -91,7 +91,10 @@ def given_retrain(
 
 
 def shorter_retrain(weights, mask, gradient_of, num_before, num_after, lr, momentum, max_norm):
-    """Train a vector of all weights, then one of those that stay; arguments as in the exercise."""
+    """Train a vector of all weights, then one of those that stay.
+
+    weights, mask, gradient_of, num_before, num_after, lr, momentum, max_norm  as in the exercise
+    """
     shape, number = mask.shape, torch.arange(mask.numel())
     values, velocity = weights.flatten().tolist(), [0.0] * mask.numel()
     for step in range(num_before + num_after + 1):
@@ -111,7 +114,7 @@ def shorter_retrain(weights, mask, gradient_of, num_before, num_after, lr, momen
 
 
 def problem(seed: int, *shape: int):
-    """Draw weights, a mask and a gradient_of that ties all weights together."""
+    """Draw weights of this shape, a mask and a gradient_of that ties all together, from `seed`."""
     size = torch.Size(shape).numel()
     rows = drawn(seed, 2 * size, size)
     targets = 3 * drawn(seed + 1, 2 * size)
@@ -149,8 +152,8 @@ def _(student, numbers):
 def _(student, numbers):
     looks = {
         "given, pruned at the end": "which weights gradient_of is given on the way",
-        "clip": "a max_norm that clips: whose gradient has that length?",
         "forget": "the velocity of the weights that stay",
+        "clip": "a max_norm that clips: whose gradient has that length?",
         "after": "a right program, which must pass",
     }
     for fault, look in looks.items():

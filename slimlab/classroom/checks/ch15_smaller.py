@@ -69,7 +69,7 @@ class Layer:
 
 
 def outputs(weights, x: Tensor) -> Tensor:
-    """Run a layer, four tensors, by the formula of the exercise."""
+    """Run a layer on x by the formula of the exercise; weights are its four tensors."""
     up, up_bias, down, down_bias = weights
     return (x @ up.T + up_bias).clamp(min=0) @ down.T + down_bias
 
@@ -103,7 +103,7 @@ def made_smaller(student, layer: Layer, count: int, num_kept: int) -> tuple:
 
 
 def expect_score(student, bound: float, num_kept: int, look: str, count: int = 400, **kinds):
-    """Fail unless layers keep a score of at most `bound` on new inputs.
+    """Fail unless the layers of `student` have a score of at most `bound` on new inputs.
 
     num_kept  neurons that stay
     look      where to look

@@ -12,7 +12,7 @@ def distil(teacher, inputs, labels):
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.0)
     num_steps = 160
     for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = 0.003 * (1 - step / num_steps)
+        optimizer.param_groups[0]["lr"] = 0.004 * (1 - step / num_steps)
         some = torch.randint(len(asked), (64,))
         loss = F.kl_div(student(asked[some]).log_softmax(-1), soft[some], reduction="batchmean")
         optimizer.zero_grad()

@@ -31,7 +31,7 @@ def is_right(retrain):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(30, 6, generator=generator, dtype=torch.float64)
     mask = torch.tensor([True, False, True, True, False, False])
-    seen = []
+    seen, start = [], torch.linspace(-1, 2, 6).double()
 
     def gradient_of(weights):
         seen.append(weights.clone())
@@ -41,7 +41,6 @@ def is_right(retrain):
         for momentum, max_norm in ((0.9, 1e9), (0.5, 1e9)):
             settings = (num_before, num_after, 0.1, momentum, max_norm)
             seen.clear()
-            start = torch.linspace(-1, 2, 6).double()
             found = retrain(start, mask, gradient_of, *settings)
             late = seen[-num_after:] if num_after else []
             zero = all(bool((one[~mask] == 0).all()) for one in [found, *late])
