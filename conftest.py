@@ -33,3 +33,9 @@ def pytest_configure(config):
         import matplotlib
 
         matplotlib.use("Agg")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run the notebook first that trains the model of the book: others would wait for it."""
+    if config.getoption("nbval", default=False):
+        items.sort(key=lambda item: item.path.parts[-2:] != ("chapters", "05_training.ipynb"))

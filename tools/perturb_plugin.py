@@ -70,4 +70,5 @@ def pytest_terminal_summary(terminalreporter):
     reports = [one for group in terminalreporter.stats.values() for one in group]
     calls = [one for one in reports if getattr(one, "when", "") == "call"]
     tried = sum(dict(one.user_properties).get(COUNT, 0) for one in calls)
-    terminalreporter.write_line(f"{tried} perturbations were tried")
+    if calls:
+        terminalreporter.write_line(f"{tried} perturbations were tried")
