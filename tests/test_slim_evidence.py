@@ -37,4 +37,8 @@ def test_every_run_of_distillation_came_after_its_setting_was_fixed():
     assert found["runs"]
     assert all(row["at"] > found["setting_fixed"] for row in found["runs"])
     assert {row["seed"] for row in found["runs"]} <= set(found["setting"]["seeds"])
-    assert {row["arm"] for row in found["runs"]} <= set(found["arms"])
+    arms = found["arms"]
+    assert {row["arm"] for row in found["runs"]} == set(arms)
+    for arm in arms:
+        seeds = [row["seed"] for row in found["runs"] if row["arm"] == arm]
+        assert sorted(seeds) == found["setting"]["seeds"]
