@@ -25,7 +25,7 @@ from slimlab.classroom.grading import CheckFailed, expect
 NUM_INPUTS, NUM_TOKENS, TEACHER_WIDTH = 6, 8, 128
 MOST_NUMBERS, MOST_MULTIPLICATIONS = 400, 40_000_000
 SEEDS = (0, 1)
-EDGES = (0.14, 0.2, 0.25, 0.4, 0.65, 0.9, 1.5, 2.7, 10.0, math.inf)
+EDGES = (0.15, 0.2, 0.25, 0.4, 0.65, 0.9, 1.5, 2.7, 10.0, math.inf)
 PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "linear": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 ELEMENTWISE = {"mul", "mul_", "div", "div_", "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
 
@@ -170,7 +170,7 @@ def taught(student, seed: int) -> Taught:
 
 
 def expect_within(student, seed: int) -> Taught:
-    """Return what became of the lesson of `seed`; fail unless small and soon done."""
+    """Return what became of one lesson by `student`, of `seed`; fail unless small and soon done."""
     found = taught(student, seed)
     look = "weights and biases of every layer, and whatever else the student keeps"
     what = f"{found.num_numbers} numbers in the student"
@@ -211,4 +211,4 @@ def _(student, numbers):
 @frugal.property("it learned more than 100 inputs can say", points=4, deadline_s=20.0)
 def _(student, numbers):
     look = "what the teacher could still be asked; then steps, rows in a step and learning rate"
-    expect_below(student, 0.14, look)
+    expect_below(student, 0.15, look)

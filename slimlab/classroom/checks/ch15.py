@@ -61,8 +61,10 @@ class Largest(TorchDispatchMode):
         """Run one operation of PyTorch and look at what it gives."""
         found = function(*args, **(kwargs or {}))
         for one in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(one, Tensor) and one.is_floating_point():
-                self.most = max(self.most, one.numel())
+            dense = isinstance(one, Tensor) and one.layout == torch.strided
+            if dense and one.is_floating_point():
+                held = one.untyped_storage().nbytes() // one.element_size()  # a view makes nothing
+                self.most = max(self.most, held)
         return found
 
 
