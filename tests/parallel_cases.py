@@ -2,6 +2,9 @@
 
 import torch
 
+# Each forked rank would import it at its first optimizer, for 1.5 seconds; here it is done once.
+import torch._dynamo
+
 from slimlab.config import ModelConfig
 from slimlab.model.build import build_model
 from slimlab.train.accumulate import accumulate_gradients
