@@ -37,7 +37,7 @@ def test_every_run_of_distillation_came_after_its_setting_was_fixed():
     assert found["runs"]
     assert all(row["at"] > found["setting_fixed"] for row in found["runs"])
     assert {row["seed"] for row in found["runs"]} <= set(found["setting"]["seeds"])
-    arms = found["arms"]
+    arms = found["arms"] | found["arms_later"]
     assert {row["arm"] for row in found["runs"]} == set(arms)
     for arm in arms:
         seeds = [row["seed"] for row in found["runs"] if row["arm"] == arm]
