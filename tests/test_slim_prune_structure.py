@@ -182,6 +182,36 @@ def test_scores_find_what_writes_nothing_and_do_not_see_scale():
     assert weakest(neuron_scores(model), 1) == [[9], [3]]
 
 
+@pytest.mark.parametrize("kind", ["biases", "grouped"])
+def test_measured_scores_are_the_sizes_of_what_parts_add_to_the_output(kind):
+    model, seen = model_of(kind), {}
+    block = model.blocks[1]
+    for name, layer in (("heads", block.attention.out_proj), ("up", block.feed_forward.down_proj)):
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].detach()}))
+    measured = head_scores(model, [IDS[:1], IDS[1:]]), neuron_scores(model, [IDS])
+    model(IDS)
+    d_head = model.config.d_head
+    for head in range(model.config.num_heads):
+        part = slice(head * d_head, (head + 1) * d_head)
+        adds = seen["heads"][..., part] @ block.attention.out_proj.weight[:, part].T
+        by_hand = adds.square().sum(-1).mean().sqrt().item()
+        assert measured[0][1, head].item() == pytest.approx(by_hand, rel=1e-5)
+    adds = seen["up"][..., 3:4] @ block.feed_forward.down_proj.weight[:, 3:4].T
+    by_hand = adds.square().sum(-1).mean().sqrt().item()
+    assert measured[1][1, 3].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_neuron_that_is_never_awake_has_large_weights_and_a_small_measured_score():
+    model = model_of("biases")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward.up_proj.weight[5] *= 100
+            block.feed_forward.down_proj.weight[:, 5] *= 100
+            block.feed_forward.up_proj.bias[5] = -1e6
+    assert 5 not in weakest(neuron_scores(model), 4)[0]
+    assert 5 in weakest(neuron_scores(model, [IDS]), 4)[0]
+
+
 def test_scores_by_hand():
     model = model_of("grouped")
     attention = model.blocks[1].attention

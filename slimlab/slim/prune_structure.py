@@ -6,12 +6,14 @@ trained and cut over ranks as any other. That is why all layers keep equally man
 Michel et al. 2019 (arXiv:1905.10650, heads); Li et al. 2017 (arXiv:1608.08710, neurons by norm);
 Fan et al. 2020 (arXiv:1909.11556) and Sanh et al. 2019 (arXiv:1910.01108) for layers.
 
-Production also narrows d_model, lets layers differ in width, and scores by the loss on a sample of
-text instead of by norms.
+Scores are norms of weights or, on a sample of text, sizes of what a part really writes.
+
+Production also narrows d_model, lets layers differ in width, and scores by the loss on such a
+sample.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from slimlab.config import ModelConfig, check_number, require
 from slimlab.model.transformer import Decoder
 from slimlab.slim.prune_scores import check_weights, group_norms
+from slimlab.slim.quantize_calibrate import record_inputs
 
 
 def remove_heads(model: Decoder, heads: Sequence[Sequence[int]]) -> Decoder:
@@ -94,15 +97,20 @@ def remove_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
     return _with_config(smaller, num_layers=len(kept))
 
 
-def head_scores(model: Decoder) -> Tensor:
-    """Score every query head by the norms of what it reads and of what it writes, multiplied.
+def head_scores(model: Decoder, batches: Iterable[Tensor] | None = None) -> Tensor:
+    """Score every query head by what it writes.
 
     model    left as it is
-    returns  (num_layers, H); scaling the values up and the output down by a number changes nothing
+    batches  (B, T) token ids on which it is measured; None: judge by the weights alone
+    returns  (num_layers, H). Measured: root mean square, over all tokens, of the length of what the
+             head adds to the output. By weights: the norm of what it reads times that of what it
+             writes. Scaling the values up and the output down by a number changes neither
 
-    Raises InputError for weights that are not finite.
+    Raises InputError for weights or inputs that are not finite, and if there are no batches.
     """
     config = _config_of(model)
+    if batches is not None:
+        return _written(model, batches, "attention.out_proj", config.d_head)
     scores = []
     for block in model.blocks:
         values = block.attention.v_proj.weight.unflatten(0, (-1, config.d_head))
@@ -112,16 +120,20 @@ def head_scores(model: Decoder) -> Tensor:
     return torch.stack(scores)
 
 
-def neuron_scores(model: Decoder) -> Tensor:
+def neuron_scores(model: Decoder, batches: Iterable[Tensor] | None = None) -> Tensor:
     """Score every feature of the feed-forward layers, as head_scores does heads.
 
     model    left as it is
-    returns  (num_layers, F): norm of its row of up_proj times that of its column of down_proj;
-             the gate of "swiglu" is not read
+    batches  as there
+    returns  (num_layers, F). By weights: norm of its row of up_proj times that of its column of
+             down_proj. The gate of "swiglu" is not read, so that on a trained model of that kind
+             this may be worse than chance
 
-    Raises InputError for weights that are not finite.
+    Raises InputError as head_scores does.
     """
     _config_of(model)
+    if batches is not None:
+        return _written(model, batches, "feed_forward.down_proj", 1)
     layers = [block.feed_forward for block in model.blocks]
     return torch.stack(
         [group_norms(f.up_proj.weight) * group_norms(f.down_proj.weight, 1) for f in layers]
@@ -161,6 +173,20 @@ def weakest(scores: Tensor, num_removed: int, *, num_groups: int = 1) -> list[li
     lowest = grouped.argsort(dim=2, stable=True)[:, :, : num_removed // num_groups]
     firsts = torch.arange(num_groups, device=scores.device) * (width // num_groups)
     return (lowest + firsts[:, None]).flatten(1).sort(dim=1).values.tolist()
+
+
+def _written(model: Decoder, batches: Iterable[Tensor], layer: str, width: int) -> Tensor:
+    """Measure what every part of `width` inputs adds to a layer's output, in each block."""
+    records = record_inputs(model, batches, max_rows=1, squares=True)
+    scores = []
+    for number in range(len(model.blocks)):
+        name = f"blocks.{number}.{layer}"
+        weight, record = model.get_submodule(name).weight.detach().double(), records[name]
+        # |W_p x_p|^2 = sum of (W^T W)_ij x_i x_j over the inputs i, j of part p.
+        products = (weight.t() @ weight) * record.squares / record.num_rows
+        parts = products.unflatten(1, (-1, width)).unflatten(0, (-1, width))
+        scores.append(parts.diagonal(dim1=0, dim2=2).sum((0, 1)).clamp(min=0).sqrt())
+    return torch.stack(scores)
 
 
 def _config_of(model: object) -> ModelConfig:

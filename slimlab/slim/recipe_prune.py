@@ -1,6 +1,7 @@
 """The pruning step of slim_checkpoint, with retraining.
 
-Neurons and heads are removed for good: file, memory and time shrink. Single weights become zeros,
+Neurons and heads are removed for good, those first that write least on a sample of the text: file,
+memory and time shrink. Single weights become zeros,
 which only the file need not hold. Chapter 15 measures both.
 
 Production removes a little, retrains, and removes again, for as long as the budget lasts.
@@ -21,7 +22,7 @@ from slimlab.slim.prune_structure import (
 )
 from slimlab.slim.prune_training import GradualMasks
 from slimlab.slim.recipe_config import MASKED, SlimConfig
-from slimlab.slim.recipe_work import Work, learn
+from slimlab.slim.recipe_work import Work, learn, sample_windows
 
 RISING = 2 / 3  # of the retraining in which sparsity rises; the rest is for what stays
 
@@ -71,10 +72,12 @@ def prune_step(model: Decoder, work: Work) -> Decoder:
     if "heads" in prunable:
         count, step = prunable["heads"]
         gone = _num_removed(config.prune, count, step)
-        smaller = remove_heads(smaller, weakest(head_scores(smaller), gone, num_groups=step))
+        scores = head_scores(smaller, sample_windows(work))
+        smaller = remove_heads(smaller, weakest(scores, gone, num_groups=step))
     if "neurons" in prunable:
         gone = _num_removed(config.prune, *prunable["neurons"])
-        smaller = remove_neurons(smaller, weakest(neuron_scores(smaller), gone))
+        scores = neuron_scores(smaller, sample_windows(work))
+        smaller = remove_neurons(smaller, weakest(scores, gone))
     return learn(smaller, work, config.prune_steps)
 
 

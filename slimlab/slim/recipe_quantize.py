@@ -7,7 +7,7 @@ for each layer by what it costs there.
 import copy
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from slimlab.model.transformer import Decoder
 from slimlab.plan.quantized_size import QuantScheme
@@ -15,14 +15,12 @@ from slimlab.slim.quantize import quantize_model
 from slimlab.slim.quantize_cast import CASTS, cast_model
 from slimlab.slim.quantize_training import FakeQuantizedEmbedding, FakeQuantizedLinear
 from slimlab.slim.recipe_config import SlimConfig
-from slimlab.slim.recipe_work import Work, learn
-from slimlab.text.batches import token_windows
+from slimlab.slim.recipe_work import Work, learn, sample_windows
 from slimlab.text.progress import progress_bar
 
 # The model of the book in 4 bits, 50 steps: 1.675 bits per byte at 3e-4, 1.685 at 1e-3.
 AWARE_LR = 0.3
 GROUP_SIZE, LEAST_GROUP = 32, 16
-CALIBRATION_BATCHES, CALIBRATION_WINDOWS = 8, 8
 
 
 def quantize_step(model: Decoder, work: Work) -> nn.Module:
@@ -43,7 +41,7 @@ def quantize_step(model: Decoder, work: Work) -> nn.Module:
     rounding = config.rounding or ("nearest" if nearest else "compensated")
     layers = _layers(small)
     schemes = {name: scheme_of(config, one.weight.shape[1]) for name, one in layers.items()}
-    batches = _calibration(work) if rounding == "compensated" else None
+    batches = sample_windows(work) if rounding == "compensated" else None
     for scheme in _in_turn(schemes.values(), work.show):
         others = {name for name, one in schemes.items() if one != scheme}
         small = quantize_model(
@@ -83,14 +81,6 @@ def _pretending(model: Decoder, config: SlimConfig) -> Decoder:
             layer = FakeQuantizedEmbedding(one, scheme)
         model.set_submodule(name, layer)
     return model
-
-
-def _calibration(work: Work) -> list[Tensor]:
-    seq_len = work.teacher.config.seq_len
-    drawn = token_windows(
-        work.ids, seq_len, CALIBRATION_WINDOWS, CALIBRATION_BATCHES, work.config.seed
-    )
-    return [inputs for inputs, _ in drawn]
 
 
 def scheme_of(config: SlimConfig, width: int) -> QuantScheme:

@@ -12,7 +12,10 @@ from slimlab.config import TrainingConfig
 from slimlab.model.transformer import Decoder
 from slimlab.slim.distill import DistillationObjective
 from slimlab.slim.recipe_config import SlimConfig
+from slimlab.text.batches import token_windows
 from slimlab.train.loop import train
+
+SAMPLE_BATCHES, SAMPLE_WINDOWS = 8, 8
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,14 @@ def learn(
     model.requires_grad_(True)
     train(model, work.ids, settings, objective=objective, show=work.show, say=work.say, watch=watch)
     return model.eval()
+
+
+def sample_windows(work: Work) -> list[Tensor]:
+    """Draw some windows of the text to learn from, on which to look at a model from inside.
+
+    work     text, length of windows and seed
+    returns  8 batches of token ids, (8, T) each, always the same ones
+    """
+    seq_len = work.teacher.config.seq_len
+    drawn = token_windows(work.ids, seq_len, SAMPLE_WINDOWS, SAMPLE_BATCHES, work.config.seed)
+    return [inputs for inputs, _ in drawn]
