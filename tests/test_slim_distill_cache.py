@@ -240,7 +240,8 @@ def damaged(folder, how):
     elif how == "no settings":
         table.write_text(json.dumps({**content, "about": {}}))
     else:
-        content["about"]["top_k"] = 2
+        name, value = how
+        content["about"][name] = value
         table.write_text(json.dumps(content))
 
 
@@ -253,7 +254,12 @@ def damaged(folder, how):
         ("no table", "is missing"),
         ("newer", "version 2"),
         ("no settings", "KeyError"),
-        ("another k", "log_rest|log_probs"),
+        (("top_k", 2), "log_rest|log_probs"),
+        (("top_k", "3"), "top_k = '3'"),
+        (("seq_len", 8.0), "seq_len = 8.0"),
+        (("vocab_size", None), "vocab_size = None"),
+        (("distill_temperature", 0), "distill_temperature = 0"),
+        (("distill_temperature", -1.0), "distill_temperature = -1"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, how, message):

@@ -108,6 +108,8 @@ def test_bad_input_is_refused():
     packed = pack_sparse(weight, "csr")
     refused(lambda: unpack_sparse(packed, "bitmap", (2, 8)), "values, bits", "row_starts")
     refused(lambda: unpack_sparse(packed, "csr", (3, 8)), "'row_starts': 4", "'row_starts': 3")
+    for shape in ((-2, -8), (2.0, 8.0), (2,)):
+        refused(lambda shape=shape: unpack_sparse(packed, "csr", shape), "(R, C)", str(shape))
     bitmap = pack_sparse(weight, "bitmap")
     refused(lambda: unpack_sparse(bitmap, "bitmap", (4, 8)), "'bits': 4", "'bits': 2")
     refused(lambda: stored_bytes("csr", 2, 3, 7, 4), "from 0 to 6", "num_nonzero = 7")

@@ -192,6 +192,8 @@ def test_a_changed_or_a_cut_file_is_refused(tmp_path):
         ({"maps": {"v": {"shape": [8, 8], "scheme": {}}}}, "v.packed, v.scale missing"),
         ({"maps": {"w": {"shape": [8, 8], "scheme": {"num_bits": 5}}}}, "damaged"),
         ({"maps": {"w": {"scheme": {}}}}, "damaged"),
+        ({"maps": {"w": {"shape": ["8", 8], "scheme": {}}}}, "damaged"),
+        ({"maps": {"w": {"shape": [8.0, 8.0], "scheme": {"num_bits": 4}}}}, "damaged"),
         ({"files": {}}, "damaged"),
     ],
 )

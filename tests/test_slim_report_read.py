@@ -1,8 +1,29 @@
-"""A report comes back from its JSON as it was."""
+"""A report comes back from its JSON as it was; what it counts is what the model has."""
 
 import json
 
+import pytest
+import torch
+
+from slimlab.config import ModelConfig
+from slimlab.model.build import build_model
+from slimlab.plan.quantized_size import QuantScheme
+from slimlab.slim.measure import count_numbers
+from slimlab.slim.quantize import quantize_model
+from slimlab.slim.quantize_cast import cast_model
 from slimlab.slim.report import Measured, SlimReport, Spread, Stage
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_has_as_many_numbers_in_few_bits_as_in_many_its_biases_among_them(tied):
+    sizes = {"vocab_size": 20, "seq_len": 8, "d_model": 16, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**sizes, bias=True, tie_embeddings=tied))
+    count = sum(one.numel() for one in model.parameters())
+    assert count_numbers(model) == count
+    for scheme in (QuantScheme(8), QuantScheme(4, False, "group", 8)):
+        assert count_numbers(quantize_model(model, scheme)) == count
+    assert count_numbers(cast_model(model)) == count
 
 
 def test_a_report_is_read_back_as_it_was_written():

@@ -102,13 +102,11 @@ class QuantScheme:
         if self.granularity == "channel":
             return (*shape[:-1], 1)
         size, columns = self.quant_group_size, shape[-1]
-        nearest = self.fitted(columns).quant_group_size
-        require(
-            columns % size == 0,
-            f"a quant_group_size that divides the last dimension, {columns}",
-            f"quant_group_size = {size}, remainder {columns % size}",
-            f"the nearest that divides is {nearest}",
-        )
+        if columns % size:
+            asked = f"a quant_group_size that divides the last dimension, {columns}"
+            given = f"quant_group_size = {size}, remainder {columns % size}"
+            nearest = self.fitted(columns).quant_group_size
+            require(False, asked, given, f"the nearest that divides is {nearest}")
         return (*shape[:-1], columns // size)
 
     def fitted(self, columns: int) -> "QuantScheme":

@@ -196,6 +196,9 @@ def load_teacher_cache(
     try:
         about, written = dict(table["about"]), table["files"][TENSORS]
         problem = problem_of_file(folder / TENSORS, written["bytes"], written["sha256"])
+        for name in ("seq_len", "top_k", "vocab_size"):
+            check_number(name, about[name], int, 1, float("inf"))
+        check_temperature(about["distill_temperature"])
         shape = ((len(tokens) - 1) // about["seq_len"], about["seq_len"], about["top_k"])
         named = {"text": about["text"], "teacher": about["teacher"]}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

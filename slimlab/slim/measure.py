@@ -42,11 +42,14 @@ def held_bytes(model: nn.Module) -> int:
 def count_numbers(model: nn.Module) -> int:
     """Count the numbers that a model was trained to have, whether floats or integers.
 
-    model  parameters and quantized weights count, scales do not
+    model  parameters, quantized weights and their biases count, scales do not
     """
     tables = [one for one in model.modules() if isinstance(one, QuantizedWeight)]
     integers = sum(one.shape[0] * one.shape[1] for one in tables)
-    return integers + sum(param.numel() for param in model.parameters())
+    # Layers of integers hold their bias as a buffer, in floats.
+    biases = [one for name, one in model.named_buffers() if name.split(".")[-1] == "bias"]
+    floats = [*model.parameters(), *biases]
+    return integers + sum(one.numel() for one in floats)
 
 
 def measure_quality(model: nn.Module, ids: Tensor, num_bytes: int, show: bool = True) -> float:

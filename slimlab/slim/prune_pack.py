@@ -59,6 +59,12 @@ def unpack_sparse(packed: Mapping[str, Tensor], form: str, shape: tuple[int, int
     check_choice("form", form, FORMS)
     names = NAMES[form]
     require(
+        len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape),
+        "the shape (R, C) of a matrix",
+        f"{tuple(shape)}",
+        "give the shape of the matrix that was packed",
+    )
+    require(
         set(packed) == set(names),
         f'the tensors of form "{form}": {", ".join(names)}',
         ", ".join(packed) or "none",

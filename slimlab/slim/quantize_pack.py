@@ -13,6 +13,7 @@ Production packs in the order of a kernel's loads: here a row is packed from lef
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
 
 import torch
@@ -199,7 +200,7 @@ def load_quantized(folder: str | os.PathLike) -> Stored:
         written = table["files"][TENSORS]
         problem = problem_of_file(folder / TENSORS, written["bytes"], written["sha256"])
         maps = {
-            name: (tuple(one["shape"]), QuantScheme(**one["scheme"]))
+            name: (tuple(index(size) for size in one["shape"]), QuantScheme(**one["scheme"]))
             for name, one in table["maps"].items()
         }
         config = dict(table["config"])
