@@ -86,6 +86,10 @@ TOGETHER = {
     "pruned, 4 bits": {"prune": 0.5, "quantize": "int4"},
     "pruned, 8 bits": {"prune": 0.5, "quantize": "int8"},
     "distilled, 8 bits": {"distill": True, "quantize": "int8"},
+    "a little of all, 4 bits": {
+        **{"distill": True, "student_layers": 3, "prune": 0.25},
+        **{"quantize": "int4", "aware_steps": 40},
+    },
 }
 RECIPE_STEPS = {"distill_steps": 80, "prune_steps": 40, "seed": 0}
 
@@ -115,7 +119,7 @@ def pruned(book: Book, arm: dict) -> tuple[nn.Module, Callable | None]:
     """
     model = copy.deepcopy(book.model)
     if "remove" in arm:
-        return removed(model, arm["remove"]), None
+        return removed(model, arm["remove"], book.calibration), None
     if arm.get("gradual"):
         rise = {"num_steps": SETTING["rise_steps"], "every": SETTING["rise_every"]}
         return model, GradualMasks(model, final_sparsity=arm["sparsity"], **rise)
@@ -134,16 +138,19 @@ def pruned(book: Book, arm: dict) -> tuple[nn.Module, Callable | None]:
     return model, lambda record: held.apply()
 
 
-def removed(model: nn.Module, parts: dict) -> nn.Module:
-    """Remove parts for good: the given fraction of heads and neurons, and layers by number."""
+def removed(model: nn.Module, parts: dict, windows: list | None) -> nn.Module:
+    """Remove parts for good: the given fraction of heads and neurons, and layers by number.
+
+    windows  on which heads and neurons are judged by what they write; None: by norms of weights
+    """
     if "layers" in parts:
         model = remove_layers(model, parts["layers"])
     if "heads" in parts:
         gone = round(parts["heads"] * model.config.num_heads)
-        model = remove_heads(model, weakest(head_scores(model), gone))
+        model = remove_heads(model, weakest(head_scores(model, windows), gone))
     if "neurons" in parts:
         gone = round(parts["neurons"] * model.config.d_ff)
-        model = remove_neurons(model, weakest(neuron_scores(model), gone))
+        model = remove_neurons(model, weakest(neuron_scores(model, windows), gone))
     return model
 
 
@@ -186,10 +193,11 @@ def one_shot(book: Book) -> list[dict]:
             rows.append(_shot(f"{name}, 2:4", 0.5, book.measure(model)))
     for part in ("neurons", "heads"):
         for fraction in (0.25, 0.5, 0.75):
-            model = removed(copy.deepcopy(book.model), {part: fraction})
-            rows.append(_shot(part, fraction, book.measure(model)))
+            for name, windows in ((part, book.calibration), (f"{part}, by norm", None)):
+                model = removed(copy.deepcopy(book.model), {part: fraction}, windows)
+                rows.append(_shot(name, fraction, book.measure(model)))
     for layer in range(book.model.config.num_layers):
-        model = removed(copy.deepcopy(book.model), {"layers": [layer]})
+        model = removed(copy.deepcopy(book.model), {"layers": [layer]}, None)
         rows.append(_shot(f"layer {layer}", 0.25, book.measure(model)))
     return rows
 

@@ -26,8 +26,8 @@ FIGURES = (".png", ".svg", ".pdf")
 @click.option("--distill", is_flag=True, help="Train a student of fewer layers.")
 @number("--student-layers", int, None, "Its layers; default: half.")
 @number("--distill-steps", int, 400, "Updates of the student.")
-@number("--distill-temperature", float, 2.0, "T of the soft targets.")
-@number("--soft-weight", float, 0.5, "1: learn from the original alone, 0: from the text alone.")
+@number("--distill-temperature", float, 1.0, "T of the soft targets.")
+@number("--soft-weight", float, 0.9, "1: learn from the original alone, 0: from the text alone.")
 @click.option("--divergence", type=click.Choice(["forward", "reverse"]), default="forward",
               show_default=True, help="Which Kullback-Leibler divergence.")  # fmt: skip
 @number("--prune", float, None, "Part that goes, 0.5 for half.")
@@ -69,10 +69,10 @@ def slim(
     --text the text is the book's own.
     Examples:
       slimlab slim book runs/small --quantize int4
-      slimlab slim book runs/four --quantize int4 --aware-steps 100 --soft-weight 0.9
+      slimlab slim book runs/four --quantize int4 --aware-steps 100
       slimlab slim book runs/less --distill --prune 0.5 --quantize int8
       slimlab slim book runs/least --distill --student-layers 3 --distill-steps 150 --prune 0.25 \\
-          --prune-steps 100 --quantize int4 --aware-steps 100 --soft-weight 0.9
+          --prune-steps 100 --quantize int4 --aware-steps 100
       slimlab slim runs/mine runs/mine_int8 --text notes/ --quantize int8 --activations dynamic
       slimlab generate runs/small --prompt "The"
     \f
