@@ -217,7 +217,7 @@ def test_weights_that_learned_to_be_rounded_are_rounded_to_the_nearest(
     monkeypatch.setattr(
         recipe_quantize, "learn", lambda model, *_, **part: asked.append(part) or model
     )
-    monkeypatch.setattr(recipe_quantize, "_calibration", lambda _: pytest.fail("compensated"))
+    monkeypatch.setattr(recipe_quantize, "sample_windows", lambda _: pytest.fail("compensated"))
     slim(kept, tmp_path / "out", corpus, quantize="int4", aware_steps=2)
     assert asked == [{"lr_part": recipe_quantize.AWARE_LR}]
 
