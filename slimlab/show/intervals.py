@@ -43,6 +43,7 @@ def interval_figure(
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(False, axis="y")
     axes.set(xlabel=x_label)
     axes.set_title(title, loc="left")
