@@ -204,6 +204,15 @@ def test_a_temperature_that_no_logit_can_be_divided_by_is_refused(temperature):
         soft_targets(both()[1], distill_temperature=temperature)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "limit"), [(1e-40, 0.001), (10_001, 10_000), (1e200, 10_000)]
+)
+def test_a_temperature_that_leaves_only_rounding_is_refused_with_the_limit(temperature, limit):
+    with pytest.raises(InputError, match=f"give {limit}, which is the limit"):
+        soft_targets(both()[1], distill_temperature=temperature)
+    soft_targets(both()[1], distill_temperature=limit)
+
+
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan, "half"])
 def test_weights_and_smoothings_outside_0_to_1_are_refused(weight):
     student, teacher = both()

@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_refused():
         compensated_rounding(weight, torch.eye(8), QuantScheme(4, True, "group", 5))
     with pytest.raises(InputError, match="damping"):
         compensated_rounding(weight, torch.eye(8), scheme, damping=0)
+    with pytest.raises(InputError, match=r"\(8, 8\) that have no inverse with damping = 0.01"):
+        compensated_rounding(weight, -torch.eye(8), scheme)
     with pytest.raises(InputError, match="strength"):
         smoothing_factors(torch.ones(8), weight, strength=1.5)
     with pytest.raises(InputError, match=r"column_max \(8,\)"):

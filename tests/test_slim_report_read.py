@@ -5,13 +5,23 @@ import json
 import pytest
 import torch
 
-from slimlab.config import ModelConfig
+from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
 from slimlab.plan.quantized_size import QuantScheme
-from slimlab.slim.measure import count_numbers
+from slimlab.slim.measure import count_numbers, measure_quality
 from slimlab.slim.quantize import quantize_model
 from slimlab.slim.quantize_cast import cast_model
 from slimlab.slim.report import Measured, SlimReport, Spread, Stage
+
+
+def test_a_model_whose_loss_is_no_number_has_no_bits_per_byte():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(20, seq_len=8, d_model=16, num_layers=1, num_heads=2))
+    ids = torch.arange(18)
+    assert measure_quality(model, ids, 18, show=False) > 0
+    model.final_norm.weight.data.fill_(3e38)  # finite, and twice of it is not
+    with pytest.raises(InputError, match="a loss of (nan|inf)"):
+        measure_quality(model, ids, 18, show=False)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,6 +8,7 @@ Production measures on the machine that will serve, under its load, and keeps la
 slowest hundredth as well.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slimlab.config import require
 from slimlab.model.generation import generate
 from slimlab.slim.load import folder_bytes, weight_files
 from slimlab.slim.quantize_layers import QuantizedWeight
@@ -60,11 +62,16 @@ def measure_quality(model: nn.Module, ids: Tensor, num_bytes: int, show: bool = 
     num_bytes  of the text in UTF-8
     show       draw a bar
     returns    bits per byte, those of slimlab.train.text_model.held_out_bits_per_byte
+
+    Raises InputError if they are not finite.
     """
     seq_len = min(model.config.seq_len, len(ids) - 1)
     windows = list(consecutive_windows(ids, seq_len, MEASURED_WINDOWS))
     with progress_bar("measuring bits per byte", len(windows), shown=show) as bar:
         loss_sum, _ = total_loss(model, _counted(windows, bar))
+    asked, given = "a model that predicts the held-out text", f"a loss of {loss_sum}"
+    change = "look for numbers that are too large; in float16 they end at 65,504"
+    require(math.isfinite(loss_sum), asked, given, change)
     # Multiplied and divided as there, so that the two agree in the last bit.
     mean = loss_sum / (len(ids) - 1)
     return bits_per_byte(mean * (len(ids) - 1), num_bytes)

@@ -10,7 +10,7 @@ Production rounds blocks of 128 columns at a time on a GPU, with the same result
 import torch
 from torch import Tensor
 
-from slimlab.config import check_number, require
+from slimlab.config import InputError, check_number, require
 from slimlab.plan.quantized_size import QuantScheme
 from slimlab.slim.quantize_maps import (
     Quantized,
@@ -91,14 +91,22 @@ def inverse_factor(squares: Tensor, damping: float) -> Tensor:
              itself, so that nothing is passed on from it
     damping  this part of the mean of the diagonal is added to it, above 0
     returns  (I, I) float64
+
+    Raises InputError for squares that are no sum of x x^T.
     """
     check_number("damping", damping, float, 0, 1, above=True)
     squares = squares.double().clone()
     diagonal = squares.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
-    return torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
+        return torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:
+        asked = "squares that are a sum of x x^T, symmetric and none negative"
+        given = f"{tuple(squares.shape)} that have no inverse with damping = {damping:g}"
+        change = "give record_inputs(..., squares=True), or more damping"
+        raise InputError(asked, given, change) from error
 
 
 def pass_error_on(work: Tensor, factor: Tensor, column: int, chosen: Tensor) -> None:
