@@ -281,6 +281,15 @@ def test_bad_input_gets_a_message_and_exit_code_2(trained, text, tmp_path, argum
     assert not list((tmp_path).rglob("step_*"))
 
 
+@pytest.mark.parametrize("table", ["quantized.json", "sparse.json"])
+def test_no_run_begins_where_a_smaller_model_lies_which_generate_would_read(text, tmp_path, table):
+    (tmp_path / table).write_text("{}")
+    result = run("train", text, "--out", tmp_path, *SMALL)
+    assert result.exit_code == 2
+    assert f"a smaller model: ['{table}']" in result.output
+    assert [one.name for one in tmp_path.iterdir()] == [table]
+
+
 def test_what_to_change_is_said_in_the_words_of_the_command_line(trained, text, tmp_path):
     told = {
         ("--num-heads", 5): "change: choose --num-heads from 1, 2, 4, 8, 16, or change --d-model",

@@ -17,6 +17,7 @@ from slimlab.config import InputError, require
 from slimlab.model.tensor_files import PICKLED_SUFFIXES, check_not_pickled, sync
 
 FORMAT, VERSION = "slimlab checkpoint", 1
+SMALLER = ("quantized.json", "sparse.json")  # what slimlab slim wrote holds one of these
 _LATER = f"later than {VERSION}: update slimlab"
 _NEEDED = {"step": int, "data_position": int, "extra": dict}
 _NAME = re.compile(r"step_(\d{8,})")
@@ -137,7 +138,7 @@ def find_checkpoint(path: str | os.PathLike, say: Callable[[str], None] = print)
     pickles = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if pickles:
         change = f"{pickles[0]} is a pickle, which is never opened here; look for .safetensors"
-    elif {"quantized.json", "sparse.json"} & set(names):
+    elif {*SMALLER} & set(names):
         change = "it was made smaller: slimlab.slim.load.load_any_model reads it"
     elif "config.json" in names:
         change = "weights of others are read by slimlab.model.pretrained.from_pretrained"

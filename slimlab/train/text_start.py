@@ -17,7 +17,7 @@ from slimlab.text.batches import text_ids
 from slimlab.text.corpus import Corpus
 from slimlab.text.progress import progress
 from slimlab.text.tokenizer import Tokenizer
-from slimlab.train.checkpoint_folder import checkpoints_in
+from slimlab.train.checkpoint_folder import SMALLER, checkpoints_in
 from slimlab.train.device import choose_device
 
 END_OF_TEXT = "<|endoftext|>"
@@ -83,6 +83,9 @@ def _check_before_work(config: TrainingConfig, vocab_size: int, sizes: dict) -> 
 
 def _tokenizer_for(corpus: Corpus, folder: Path | None, num_merges: int, show: bool) -> Tokenizer:
     path = folder / "tokenizer.json" if folder is not None else None
+    smaller = [name for name in SMALLER if folder is not None and (folder / name).exists()]
+    asked, given = "a folder of a run, or a new one", f"{folder}, a smaller model: {smaller}"
+    require(not smaller, asked, given, "choose another folder")
     there = Tokenizer.load(path) if path is not None and path.exists() else None
     # Beside a checkpoint lies the tokenizer of its ids; train refuses if it is of another text.
     if there is not None and checkpoints_in(folder):
