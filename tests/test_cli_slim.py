@@ -389,12 +389,15 @@ def test_folders_that_exist_or_lie_in_the_original_are_refused(kept, corpus, tmp
     (tmp_path / "there").mkdir()
     cases = [
         (tmp_path / "there", "a folder that does not exist"),
-        (kept, "a folder of its own"),
+        (kept, "a folder that does not exist"),
         (kept / "inner", "a folder of its own"),
+        (kept / "step_00000007" / "inner", "a folder of its own"),
+        (kept / "step_00000008", "a name that no checkpoint has"),
+        (kept / ".step_9", "a name that no checkpoint has"),
     ]
     for out, asked in cases:
         with pytest.raises(InputError, match=asked):
-            slim(kept, out, corpus, quantize="int8")
+            slim(kept / "step_00000007" if "step" in out.name else kept, out, corpus, prune=0.5)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -473,6 +476,8 @@ def test_book_is_the_model_of_the_book_with_its_text(kept, corpus, tmp_path, mon
     assert report.notes == ()
     assert report.original.weights_bytes > report.slim.weights_bytes > 0
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a folder of its own"):
+        slim("book", kept / "inner", None, quantize="int8")
     with pytest.raises(InputError, match="does not exist"):
         slim("./book", tmp_path / "other", corpus, quantize="int8")
 

@@ -64,8 +64,12 @@ def slim_checkpoint(
     then.
     """
     out = Path(out)
-    _check_out(source, out)
+    _check_out(out)
+    if source != BOOK:
+        _check_outside(out, source)
     original = read_original(source, show)
+    for folder in (original.trained.source, original.folder):
+        _check_outside(out, folder)
     _check_room(original, out)
     corpus = corpus or original.corpus or reference_corpus()
     change = "give a text of which a part is held out: corpus_from(..., held_out_fraction=0.1)"
@@ -161,15 +165,21 @@ def _notes(original: Original, corpus: Corpus) -> list[str]:
     return [f"the original learned from {known}, which may hold parts of the held-out text"]
 
 
-def _check_out(source: str | os.PathLike, out: Path) -> None:
+def _check_out(out: Path) -> None:
     change = "give a new name, or remove the old folder yourself"
-    if source != BOOK:
-        own, new = Path(source).resolve(), out.resolve()
-        given = f"source {source}, out {out}"
-        change_place = "give a folder outside the original, which is never written to"
-        inside = own == new or own in new.parents
-        require(not inside, "a folder of its own for the small model", given, change_place)
     require(not os.path.lexists(out), "a folder that does not exist", str(out), change)
+    # A run removes its older checkpoints by their names, and what was left under temporary ones.
+    asked, change = "a name that no checkpoint has", "give a name that does not begin with step_"
+    require(not out.name.lstrip(".").startswith("step_"), asked, str(out), change)
+
+
+def _check_outside(out: Path, folder: str | os.PathLike) -> None:
+    """Refuse an out that is the original's folder or lies in it."""
+    own, new = (Path(os.path.realpath(one)) for one in (folder, out))
+    given = f"original {folder}, out {out}"
+    change = "give a folder outside the original, which is never written to"
+    inside = own == new or own in new.parents
+    require(not inside, "a folder of its own for the small model", given, change)
 
 
 def _check_room(original: Original, out: Path) -> None:
