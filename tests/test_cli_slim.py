@@ -321,6 +321,7 @@ def test_a_text_that_the_original_did_not_learn_from_is_noted(kept, tmp_path, th
         ({"quantize": "int8", "student_layers": 1}, "without it", "distill=True"),
         ({"prune": 1.5}, "prune = 1.5", "prune"),
         ({"prune": -0.1}, "prune = -0.1", "prune"),
+        ({"prune": 0.0}, "prune = 0.0", "prune"),
         ({"prune": 0.4, "prune_what": "2:4"}, "prune = 0.4", "prune=0.5"),
         ({"prune": 0.5, "prune_what": "2:4", "quantize": "int8"}, "with quantize", "neurons"),
         ({"prune": 0.5, "prune_what": "layers"}, "prune_what = 'layers'", "one of these"),
@@ -340,6 +341,9 @@ def test_choices_that_cannot_be_are_refused(choices, given, change):
         ({"prune": 1.0}, "all 88 would go", "at most 0.988"),
         ({"prune": 1.0, "prune_what": "weights"}, "all 1024 would go", "at most 0.999"),
         ({"prune": 0.9, "prune_what": "heads"}, "all 4 would go", "at most 0.75"),
+        ({"prune": 0.001}, "none would go", "at least 0.012"),
+        ({"prune": 0.125, "prune_what": "both"}, "none would go", '0.25, or prune_what="neurons"'),
+        ({"prune": 0.0001, "prune_what": "weights"}, "none would go", "at least 0.0004"),
         ({"distill": True, "student_layers": 3}, "student_layers = 3", "fewer"),
         ({"quantize": "int4", "quant_group_size": 30}, "quant_group_size = 30", "is 8"),
         ({"quantize": "int4", "quant_group_size": 16}, "quant_group_size = 16", "out"),
@@ -354,6 +358,13 @@ def test_sizes_that_the_model_has_not_are_refused_before_anything_is_trained(
     assert given in error.value.given
     assert change in error.value.change
     assert list(tmp_path.iterdir()) == []
+
+
+def test_widths_that_four_does_not_divide_are_refused_by_name(corpus, tmp_path):
+    tokenizer = Tokenizer.train(corpus.train, 20, (END_OF_TEXT,))
+    write_run(tmp_path / "run", tokenizer, corpus, d_ff=90)
+    with pytest.raises(InputError, match=r"blocks.0.feed_forward.down_proj.weight \(32, 90\)"):
+        slim(tmp_path / "run", tmp_path / "out", corpus, prune=0.5, prune_what="2:4")
 
 
 def test_sources_that_cannot_be_made_smaller_are_refused(grouped, kept, corpus, tmp_path):

@@ -27,7 +27,7 @@ class SlimConfig:
     soft_weight          of every training here: from 0, the true tokens alone, to 1, the original
                          alone. Chapter 13 measures why 0.9, at a temperature of 1
     divergence           "forward" or "reverse", see slimlab.slim.distill_losses.soft_loss
-    prune                the part that goes, from 0 up to, not including, 1
+    prune                the part that goes, above 0 and below 1
     prune_what           "neurons" of the feed-forward layers, "heads", or "both": removed for good;
                          single "weights" of least magnitude, or two of every four, "2:4" (0.5 is
                          the only part then): zeros that the file does not hold, though memory and
@@ -94,7 +94,7 @@ class SlimConfig:
         check_choice("prune_what", self.prune_what, PARTS)
         if self.prune is None:
             return
-        check_number("prune", self.prune, float, 0, 1)
+        check_number("prune", self.prune, float, 0, 1, above=True)
         half = self.prune == 0.5 or self.prune_what != "2:4"
         asked, change = "prune = 0.5 with two of every four", "give prune=0.5"
         require(half, asked, f"prune = {self.prune:g}", change)

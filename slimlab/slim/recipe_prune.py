@@ -8,6 +8,9 @@ Production removes a little, retrains, and removes again, for as long as the bud
 """
 
 import copy
+import math
+
+from torch import Tensor
 
 from slimlab.config import require
 from slimlab.model.transformer import Decoder
@@ -34,28 +37,56 @@ def sizes_left(model: Decoder, config: SlimConfig) -> dict[str, int]:
     config   its prune, prune_what
     returns  "neurons" and "heads"
 
-    Raises InputError if a layer would be empty, with the largest sparsity that leaves something.
+    Raises InputError if a layer would be empty, with the largest sparsity that leaves something; if
+    nothing would go, with the least that takes something; and for 2:4 if 4 does not divide a width.
     """
     sizes = model.config
     left = {"neurons": sizes.d_ff, "heads": sizes.num_heads}
     if config.prune is None:
         return left
     if config.prune_what in MASKED:
-        if config.prune_what == "weights":
-            magnitude_masks(prunable_weights(model), config.prune)
-        else:
-            for weight in prunable_weights(model).values():
-                two_four_mask(weight)
+        _check_masks(prunable_weights(model), config)
         return left
     for name, (count, step) in _prunable(model, config).items():
-        left[name] = count - _num_removed(config.prune, count, step)
+        asked, change = f"more than {step} of the {name} in a layer", 'give prune_what="weights"'
+        require(count > step, asked, str(count), change)
+        gone = _num_removed(config.prune, count, step)
+        left[name] = count - gone
+        given = f"prune = {config.prune:g}"
         require(
             left[name] > 0,
             f"a sparsity that leaves something of the {count} {name} of a layer",
-            f"prune = {config.prune:g}, all {count} would go",
+            f"{given}, all {count} would go",
             f"give at most {1000 * (count - step) // count / 1000:g}",
         )
+        other = ', or prune_what="neurons"' if name == "heads" else ""
+        require(
+            gone > 0,
+            f"a sparsity that takes at least {step} of the {count} {name} of a layer",
+            f"{given}, none would go",
+            f"give at least {_least(step, count):g}{other}",
+        )
     return left
+
+
+def _check_masks(weights: dict[str, Tensor], config: SlimConfig) -> None:
+    if config.prune_what == "weights":
+        masks = magnitude_masks(weights, config.prune)
+        largest = max(one.numel() for one in masks.values())
+        asked = f"a sparsity that takes at least one of the {largest:,} weights of a matrix"
+        given, change = f"prune = {config.prune:g}, none would go", _least(1, largest)
+        some_go = any(not bool(one.all()) for one in masks.values())
+        require(some_go, asked, given, f"give at least {change:g}")
+        return
+    for name, weight in weights.items():
+        asked, given = "widths that 4 divides, for two of every four", tuple(weight.shape)
+        require(weight.shape[1] % 4 == 0, asked, f"{name} {given}", 'give prune_what="weights"')
+
+
+def _least(step: int, count: int) -> float:
+    """The least sparsity of few digits that takes `step` of `count`."""
+    digits = 1000 * 10 ** max(0, len(str(count)) - 3)
+    return math.ceil(digits * step / count) / digits
 
 
 def prune_step(model: Decoder, work: Work) -> Decoder:
