@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed, arm in _order():
             if (arm, seed) not in done:
                 row = {"arm": arm, **run_arm((ARMS | LATER)[arm], seed, shared), "at": _now()}
-                evidence["teachers"] = shared.measure_teachers()
+                evidence["teachers"] |= shared.measure_teachers()
                 print(row, flush=True)
                 evidence["runs"].append(row)
                 _write(given.out, evidence)
