@@ -6,6 +6,7 @@ module imports nothing but Python's own.
 """
 
 import contextlib
+import gc
 import io
 import linecache
 import os
@@ -58,8 +59,10 @@ def try_in_fork(*arguments) -> str:
     if sys.platform != "linux":
         return try_to_break(*arguments, shell.user_ns)
     read_end, write_end = os.pipe()
+    gc.collect()  # what is freed in the copy may wait for threads that it lacks
     pid = os.fork()
     if pid == 0:
+        gc.freeze()
         text = "the process failed"
         try:
             signal.alarm(DEADLINE_S)
