@@ -325,7 +325,12 @@ def test_a_text_that_the_original_did_not_learn_from_is_noted(kept, tmp_path, th
         ({"prune": 0.4, "prune_what": "2:4"}, "prune = 0.4", "prune=0.5"),
         ({"prune": 0.5, "prune_what": "2:4", "quantize": "int8"}, "with quantize", "neurons"),
         ({"prune": 0.5, "prune_what": "layers"}, "prune_what = 'layers'", "one of these"),
-        ({"prune": 0.5, "aware_steps": 5}, "aware_steps = 5", "aware_steps=0"),
+        ({"prune": 0.5, "aware_steps": 5}, "aware_steps = 5 without", "leave aware_steps out"),
+        ({"prune": 0.5, "activations": "dynamic"}, "'dynamic' without it", 'quantize="int8"'),
+        ({"distill": True, "quant_group_size": 8}, "= 8 without it", "leave quant_group_size"),
+        ({"distill": True, "rounding": "nearest"}, "'nearest' without it", "leave rounding out"),
+        ({"distill": True, "prune_what": "2:4"}, "'2:4' without it", "give prune=0.5"),
+        ({"quantize": "int8", "soft_weight": 0.5}, "= 0.5 without it", "leave soft_weight out"),
     ],
 )
 def test_choices_that_cannot_be_are_refused(choices, given, change):
@@ -365,6 +370,13 @@ def test_widths_that_four_does_not_divide_are_refused_by_name(corpus, tmp_path):
     write_run(tmp_path / "run", tokenizer, corpus, d_ff=90)
     with pytest.raises(InputError, match=r"blocks.0.feed_forward.down_proj.weight \(32, 90\)"):
         slim(tmp_path / "run", tmp_path / "out", corpus, prune=0.5, prune_what="2:4")
+
+
+def test_one_layer_is_not_halved(corpus, tmp_path):
+    tokenizer = Tokenizer.train(corpus.train, 20, (END_OF_TEXT,))
+    write_run(tmp_path / "run", tokenizer, corpus, num_layers=1)
+    with pytest.raises(InputError, match="at least 2 layers"):
+        slim(tmp_path / "run", tmp_path / "out", corpus, distill=True)
 
 
 def test_sources_that_cannot_be_made_smaller_are_refused(grouped, kept, corpus, tmp_path):
@@ -459,6 +471,9 @@ def test_the_command_speaks_of_options(kept, tmp_path):
     result = run("slim", kept, tmp_path / "out", "--quantize", "int8", "--student-layers", 1)
     assert result.exit_code == 2
     assert "--distill" in result.output
+    result = run("slim", kept, tmp_path / "out", "--quantize", "int8", "--prune-steps", 200)
+    assert result.exit_code == 2
+    assert "--prune 0.5, or leave --prune-steps out" in result.output
     result = run("slim", kept, tmp_path / "out", "--prune", "0.5", "--figure", "a.bmp")
     assert result.exit_code == 2
     assert ".png" in result.output

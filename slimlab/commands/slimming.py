@@ -86,6 +86,7 @@ def slim(
     given     the choices of SlimConfig
     """
     _check_figure(figure, out)
+    _check_updates(given)
     from slimlab.slim.recipe import SlimConfig, slim_checkpoint
 
     config = SlimConfig(peak_lr=given.pop("lr"), **given)
@@ -117,6 +118,17 @@ def _corpus(texts: tuple[Path, ...], held_out: float):
         return None  # the book's
     documents = (text for path in texts for text in read_documents(path))
     return corpus_from(documents, ", ".join(path.name for path in texts), held_out)
+
+
+def _check_updates(given: dict) -> None:
+    """Refuse updates that were typed for a step that was not."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    source = click.get_current_context().get_parameter_source
+    for step, example in (("distill", "distill=True"), ("prune", "prune=0.5")):
+        name = f"{step}_steps"
+        idle = source(name) == typed and given[step] in (None, False)
+        asked, wrong = f"--{step}-steps with --{step}", f"{given[name]} updates without it"
+        require(not idle, asked, wrong, f"give {example}, or leave {name} out")
 
 
 def _check_figure(path: Path | None, out: Path) -> None:

@@ -4,7 +4,7 @@ slimlab.slim.recipe carries them out; chapter 15 and `slimlab slim` fill them in
 Production recipes name a choice for each layer; here one holds for all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from slimlab.config import check_choice, check_number, check_size, require
 from slimlab.slim.distill_losses import DIVERGENCES, check_temperature
@@ -14,6 +14,15 @@ FORMATS = ("int8", "int4", "int3", "int2", *CASTS)
 PARTS = ("neurons", "heads", "both", "weights", "2:4")
 MASKED = ("weights", "2:4")  # zeros in matrices of the old shape
 ACTIVATIONS = ("none", "dynamic")
+# Choices that say nothing unless something else is asked for, and what that is. Numbers of updates
+# are left out: one set of them serves many recipes.
+_BELONGS = (
+    ("distill", ("student_layers",), "distill=True"),
+    ("prune", ("prune_what",), "prune=0.5"),
+    ("quantize", ("quant_group_size", "rounding", "aware_steps"), 'quantize="int4"'),
+    ("quantize", ("activations",), 'quantize="int8"'),
+)
+_OF_TRAINING = ("distill_temperature", "soft_weight", "divergence")
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class SlimConfig:
                          polishes and has 0.3 of it
     seed                 of the windows drawn
 
-    Raises InputError if nothing is asked for, a number is out of its range, a choice is unknown, or
-    choices contradict each other.
+    Raises InputError if nothing is asked for, a number is out of its range, a choice is unknown,
+    choices contradict each other, or one says nothing since what it belongs to is not asked for.
     """
 
     distill: bool = False
@@ -76,8 +85,6 @@ class SlimConfig:
         require(self.distill or self.prune is not None or self.quantize, asked, given, change)
         if self.student_layers is not None:
             check_size("student_layers", self.student_layers)
-            asked, given = "student_layers with distill", "student_layers without it"
-            require(self.distill, asked, given, "give distill=True")
         check_temperature(self.distill_temperature)
         check_number("soft_weight", self.soft_weight, float, 0, 1)
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -89,6 +96,7 @@ class SlimConfig:
         check_number("seed", self.seed, int, 0, 2**32 - 1)
         self._check_pruning()
         self._check_quantization()
+        self._check_belonging()
 
     def _check_pruning(self) -> None:
         check_choice("prune_what", self.prune_what, PARTS)
@@ -110,8 +118,6 @@ class SlimConfig:
         if self.quant_group_size is not None:
             check_size("quant_group_size", self.quant_group_size)
         if self.quantize is None:
-            asked, given = "aware_steps with quantize", f"aware_steps = {self.aware_steps}"
-            require(not self.aware_steps, asked, given, 'give quantize="int4", or aware_steps=0')
             return
         asked, given = f"quantize: one of {', '.join(FORMATS)}", f"quantize = {self.quantize!r}"
         cast = "; 16 bits is a cast: bfloat16" if "16" in str(self.quantize) else ""
@@ -125,3 +131,18 @@ class SlimConfig:
         given = f"quantize = {self.quantize!r}, activations = {self.activations!r}"
         asked, change = "activations in integers with int8 only", 'give quantize="int8"'
         require(self.quantize == "int8" or self.activations == "none", asked, given, change)
+
+    def _check_belonging(self) -> None:
+        defaults = {one.name: one.default for one in fields(self)}
+        pruned = self.prune is not None and self.prune_steps
+        trained = self.distill or pruned or self.aware_steps
+        groups = [
+            (owner, *rest, getattr(self, owner) != defaults[owner]) for owner, *rest in _BELONGS
+        ]
+        groups.append(("a training", _OF_TRAINING, "distill=True", bool(trained)))
+        for owner, names, example, is_there in groups:
+            idle = [name for name in names if getattr(self, name) != defaults[name]]
+            given = ", ".join(f"{name} = {getattr(self, name)!r}" for name in idle)
+            change = f"give {example}, or leave {' and '.join(idle)} out"
+            asked = f"{' and '.join(idle)} with {owner}"
+            require(is_there or not idle, asked, f"{given} without it", change)

@@ -45,6 +45,9 @@ def check_steps(model: Decoder, config: SlimConfig) -> None:
     """
     sizes = model.config
     num_layers = _student_layers(sizes.num_layers, config)
+    halved = config.distill and config.student_layers is None
+    asked, change = "an original of at least 2 layers to halve", "prune instead: prune=0.5"
+    require(not halved or sizes.num_layers > 1, asked, "1 layer", f"{change}; or student_layers=1")
     given = f"student_layers = {num_layers}"
     asked, change = f"at most {sizes.num_layers} layers, as the original has", "take fewer"
     require(num_layers <= sizes.num_layers, asked, given, change)
