@@ -105,6 +105,9 @@ def test_models_and_folders_of_another_form_are_refused(tmp_path):
         (lambda config: config["model"].update(num_layers=3), "missing"),
         (lambda config: config["layers"].pop("blocks.0.attention.q_proj"), "left over"),
         (lambda config: config["layers"]["lm_head"].update(kind="other"), "other"),
+        (lambda config: config["layers"]["lm_head"].update(kind="embedding"), "place of Linear"),
+        (lambda config: config["layers"]["embedding.tokens"].update(kind="int8"), "of Embedding"),
+        (lambda config: config.update(cast="zz"), "'zz'"),
         (lambda config: config.pop("extra"), "extra"),
     ],
 )

@@ -83,12 +83,15 @@ def load_quantized_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
     try:
         config = ModelConfig(**stored.config["model"])
         with torch.random.fork_rng(devices=[]):  # weights are drawn here, and thrown away
-            model = build_model(config).to(CASTS.get(stored.config.get("cast"), torch.float32))
+            model = build_model(config).to(_dtype_of(stored.config.get("cast")))
         tables: dict[str, QuantizedWeight] = {}
         for name, about in stored.config["layers"].items():
             layer = _read_layer(name, about, tensors, tables)
             shapes = tuple(model.get_submodule(name).weight.shape), layer.table.shape
             require(shapes[0] == shapes[1], f"{name} {shapes[0]}", f"{shapes[1]}", change)
+            old = model.get_submodule(name)
+            fits = isinstance(old, nn.Embedding) == isinstance(layer, QuantizedEmbedding)
+            require(fits, f"{name} in place of {type(old).__name__}", about["kind"], change)
             model.set_submodule(name, layer, strict=True)
         extra = stored.config["extra"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -106,6 +109,12 @@ def load_quantized_model(folder: str | os.PathLike) -> tuple[nn.Module, dict]:
     require(not missing and not left, asked, given, change)
     fill(rest, {str(number): tensors[name] for number, name in enumerate(names)}, str(folder))
     return model.eval(), extra
+
+
+def _dtype_of(cast: str | None) -> torch.dtype:
+    asked = f"a cast that is known: {', '.join(CASTS)}, or none"
+    require(cast is None or cast in CASTS, asked, repr(cast), "copy the folder again")
+    return torch.float32 if cast is None else CASTS[cast]
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
