@@ -15,7 +15,7 @@ from slimlab.model.build import build_model
 from slimlab.model.families import family_config
 from slimlab.model.pretrained import save_pretrained
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
-from slimlab.slim import load, measure, recipe, recipe_quantize
+from slimlab.slim import load, measure, prune_file, quantize_pack, recipe, recipe_quantize
 from slimlab.slim.distill import fingerprint
 from slimlab.slim.load import load_any_model, read_original
 from slimlab.slim.prune_masks import is_two_four
@@ -435,6 +435,46 @@ def test_what_is_interrupted_leaves_nothing_behind(
     kind = InputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(kind, match="No space left" if kind is InputError else None):
         slim(kept, tmp_path / "out", corpus, quantize="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("x" * 240, "name too long"),
+        ("new/" + "x" * 300 + "/out", "name too long"),
+        ("broken/out", "exists"),
+        ("file/out", "exists"),
+        ("new/..", "new/.."),
+        ("a\0b", "x00b"),
+        ("a\udc80", "udc80"),
+    ],
+)
+def test_names_that_cannot_be_made_are_refused_before_the_work_and_leave_nothing(
+    kept, corpus, tmp_path, monkeypatch, name, given
+):
+    monkeypatch.setattr(recipe, "run_steps", lambda _: pytest.fail("work was begun"))
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"(?i){given}"):
+        slim(kept, tmp_path / name, corpus, quantize="int8")
+    assert {one.name for one in tmp_path.iterdir()} == {"broken", "file"}
+
+
+@pytest.mark.parametrize("choices", [{"quantize": "int8"}, {"prune": 0.5, "prune_what": "2:4"}])
+def test_a_disk_that_becomes_full_is_named_by_out_and_the_original_stays(
+    kept, corpus, tmp_path, monkeypatch, choices
+):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for module in (quantize_pack, prune_file):
+        monkeypatch.setattr(module, "write_tensors", fail)
+    out = tmp_path / "out"
+    with pytest.raises(InputError) as error:
+        slim(kept, out, corpus, **choices, **({} if "quantize" in choices else {"prune_steps": 0}))
+    wanted = f"{out}: No space left on device; the original is as it was"
+    assert error.value.given == wanted
     assert list(tmp_path.iterdir()) == []
 
 

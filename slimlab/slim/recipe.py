@@ -95,11 +95,19 @@ def slim_checkpoint(
         given = f"{out}: {error.strerror or error}; the original is as it was"
         change = "make room on the disk, or choose a folder that you may write to"
         raise InputError("a folder that can be written", given, change) from error
+    except InputError as error:  # by those who know the temporary name alone
+        given = error.given.replace(str(_temporary(out)), str(out))
+        given = f"{given}; the original is as it was"
+        raise InputError(error.asked, given, error.change) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _write(source, out: Path, original: Original, corpus, work: Work, stages, small) -> SlimReport:
     """Write, read back and measure under a temporary name; then give it its own."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = _temporary(out)
     tokenizer = original.trained.tokenizer
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -166,11 +174,21 @@ def _notes(original: Original, corpus: Corpus) -> list[str]:
 
 
 def _check_out(out: Path) -> None:
+    asked, change = "a name that can be made, in UTF-8", "give another name"
+    fine = "\0" not in str(out) and out.name not in ("", "..")
+    require(fine and _is_utf_8(str(out)), asked, repr(str(out)), change)
     change = "give a new name, or remove the old folder yourself"
     require(not os.path.lexists(out), "a folder that does not exist", str(out), change)
     # A run removes its older checkpoints by their names, and what was left under temporary ones.
     asked, change = "a name that no checkpoint has", "give a name that does not begin with step_"
     require(not out.name.lstrip(".").startswith("step_"), asked, str(out), change)
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_outside(out: Path, folder: str | os.PathLike) -> None:
@@ -184,11 +202,26 @@ def _check_outside(out: Path, folder: str | os.PathLike) -> None:
 
 def _check_room(original: Original, out: Path) -> None:
     """Refuse a disk that is known to be full, or a place that is closed, before any work."""
-    above = next(one for one in out.absolute().parents if one.exists())
-    change = "choose another place"
-    can = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    require(can, "a folder that can be written", f"{above}, which cannot be", change)
+    try:
+        above = _try_place(out)
+    except OSError as error:
+        given, change = f"{out}: {error.strerror or error}", "choose another place or name"
+        raise InputError("a folder that can be written", given, change) from error
     needed = sum(one.stat().st_size for one in weight_files(original.folder))
     free = shutil.disk_usage(above).free
     asked, given = f"{needed:,} bytes of room, what the original takes", f"{free:,} in {above}"
     require(free >= needed, asked, given, "make room on the disk, or choose another place")
+
+
+def _try_place(out: Path) -> Path:
+    """Make a folder of the longest name that the work needs, remove it, and return what stays."""
+    new = []
+    try:
+        for one in (*reversed(out.absolute().parents), _temporary(_temporary(out))):
+            if not one.is_dir():
+                one.mkdir()
+                new.append(one)
+    finally:
+        for one in reversed(new):
+            one.rmdir()
+    return new[0].parent
