@@ -14,6 +14,7 @@ from slimlab.config import InputError, ModelConfig
 from slimlab.model.build import build_model
 from slimlab.model.families import family_config
 from slimlab.model.pretrained import save_pretrained
+from slimlab.show import slimming
 from slimlab.show.slimming import pareto_figure, pareto_front, slimming_figure
 from slimlab.slim import load, measure, prune_file, quantize_pack, recipe, recipe_quantize
 from slimlab.slim.distill import fingerprint
@@ -397,7 +398,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(kept, corpus, tmp_path)
         model.blocks[1].attention.k_proj.weight.data[3, 5] = float("nan")
 
     write_run(tmp_path / "run", Tokenizer.load(kept / "tokenizer.json"), corpus, spoil)
-    with pytest.raises(InputError, match=r"blocks.1.attention.k_proj.weight"):
+    with pytest.raises(InputError, match=r"finite numbers\n.*blocks.1.attention.k_proj.weight: 1 "):
         slim(tmp_path / "run", tmp_path / "out", corpus, quantize="int8")
 
 
@@ -517,20 +518,38 @@ def test_the_command_speaks_of_options(kept, tmp_path):
     result = run("slim", kept, tmp_path / "out", "--prune", "0.5", "--figure", "a.bmp")
     assert result.exit_code == 2
     assert ".png" in result.output
+    result = run("slim", kept, tmp_path / "out", "--prune", 0.5, "--figure", kept / "a.png")
+    assert result.exit_code == 2
+    assert "a figure outside the original" in result.output
     assert list(tmp_path.iterdir()) == []
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(documents()))
+    held = ("--text", text, "--held-out", 0)
+    result = run("slim", kept, tmp_path / "out", "--quantize", "int8", *held)
+    assert "a part is held out: --held-out 0.1\n" in result.output
 
 
-def test_the_command_says_that_nothing_was_written_when_it_is_stopped(kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("run_steps", "out was not written"),
+        ("slimming_figure", "out is written, though its figure"),
+    ],
+)
+def test_the_command_says_truly_what_is_written_when_it_is_stopped(
+    kept, tmp_path, monkeypatch, place, said
+):
     def stop(*_):
         raise KeyboardInterrupt
 
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(documents()))
-    monkeypatch.setattr(recipe, "run_steps", stop)
+    monkeypatch.setattr(recipe if place == "run_steps" else slimming, place, stop)
     result = run("slim", kept, tmp_path / "out", "--quantize", "int8", "--text", text)
     assert result.exit_code == 130
-    assert "out was not written" in result.stderr
-    assert list(tmp_path.iterdir()) == [text]
+    assert said in result.stderr
+    assert (tmp_path / "out" / "report.json").is_file() == (place != "run_steps")
+    assert [one.name for one in tmp_path.glob(".*")] == []
 
 
 def test_book_is_the_model_of_the_book_with_its_text(kept, corpus, tmp_path, monkeypatch):

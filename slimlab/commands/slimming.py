@@ -4,6 +4,7 @@ Chapter 15 ends with it. Production tools take a recipe from a file, and the har
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,29 +86,36 @@ def slim(
     as_json   print JSON
     given     the choices of SlimConfig
     """
-    _check_figure(figure, out)
+    _check_figure(figure, source, out)
     _check_updates(given)
-    from slimlab.slim.recipe import SlimConfig, slim_checkpoint
-
-    config = SlimConfig(peak_lr=given.pop("lr"), **given)
+    there = os.path.lexists(out)
     try:
-        report = slim_checkpoint(
-            source,
-            out,
-            config,
-            corpus=_corpus(texts, held_out),
-            show=sys.stderr.isatty(),
-            say=partial(click.echo, err=True),
-        )
+        report = _made(source, out, (texts, held_out), given)
+        _draw(report, figure or out / "report.png")
     except KeyboardInterrupt:
-        click.echo(f"slimlab: stopped; {out} was not written, {source} is as it was", err=True)
+        written = os.path.lexists(out) and not there  # whole, or it has not this name
+        done = "is written, though its figure may not be" if written else "was not written"
+        click.echo(f"slimlab: stopped; {out} {done}, {source} is as it was", err=True)
         sys.exit(130)
-    _draw(report, figure or out / "report.png")
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
     click.echo(report.as_text())
     click.echo(f'let it write: slimlab generate {out} --prompt "The"')
+
+
+def _made(source: str, out: Path, text: tuple, given: dict) -> "SlimReport":
+    from slimlab.slim.recipe import SlimConfig, slim_checkpoint
+
+    config = SlimConfig(peak_lr=given.pop("lr"), **given)
+    return slim_checkpoint(
+        source,
+        out,
+        config,
+        corpus=_corpus(*text),
+        show=sys.stderr.isatty(),
+        say=partial(click.echo, err=True),
+    )
 
 
 def _corpus(texts: tuple[Path, ...], held_out: float):
@@ -131,12 +139,16 @@ def _check_updates(given: dict) -> None:
         require(not idle, asked, wrong, f"give {example}, or leave {name} out")
 
 
-def _check_figure(path: Path | None, out: Path) -> None:
+def _check_figure(path: Path | None, source: str, out: Path) -> None:
     if path is None:
         return
     check_choice("the ending of the figure's file", path.suffix, FIGURES)
     asked, given = "a folder for the figure", f"{path.parent}, none"
     require(path.parent.is_dir() or path.parent == out, asked, given, "name another file")
+    own, places = os.path.realpath(source), map(str, Path(os.path.realpath(path)).parents)
+    asked, given = "a figure outside the original", f"{path} in {source}"
+    inside = source != "book" and own in places
+    require(not inside, asked, given, "name another file; the original is never written to")
 
 
 def _draw(report: "SlimReport", path: Path) -> None:

@@ -17,7 +17,6 @@ from slimlab.model.transformer import Decoder
 from slimlab.slim import prune_file, quantize_pack
 from slimlab.slim.prune_file import load_sparse_model
 from slimlab.slim.quantize_file import load_quantized_model
-from slimlab.slim.quantize_maps import check_finite
 from slimlab.text.corpus import Corpus
 from slimlab.text.tokenizer import Tokenizer
 from slimlab.train.checkpoint_folder import read_json
@@ -79,7 +78,10 @@ def read_original(source: str | os.PathLike, show: bool = True) -> Original:
     given = f"{source}: a {type(trained.model).__name__}"
     require(isinstance(trained.model, Decoder), "a decoder", given, change)
     for name, param in trained.model.named_parameters():
-        check_finite(param, f"{source}: {name}")
+        num_bad = int((~torch.isfinite(param)).sum())
+        given = f"{source}: {name}: {num_bad:,} of {param.numel():,} are NaN or infinite"
+        change = "take a checkpoint from before the step in which training diverged"
+        require(num_bad == 0, "an original of finite numbers", given, change)
     folder = _weights_folder(Path(trained.source))
     return Original(trained, folder, corpus, _text_of(folder))
 

@@ -72,7 +72,7 @@ def slim_checkpoint(
         _check_outside(out, folder)
     _check_room(original, out)
     corpus = corpus or original.corpus or reference_corpus()
-    change = "give a text of which a part is held out: corpus_from(..., held_out_fraction=0.1)"
+    change = "give a text of which a part is held out: held_out_fraction=0.1"
     require(bool(corpus.held_out), "held-out text to measure by", "none", change)
     train_ids, held_out_ids = (
         encode_documents(original.trained.tokenizer, part)
