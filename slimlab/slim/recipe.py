@@ -59,9 +59,9 @@ def slim_checkpoint(
     Everything is computed on the processor, with the threads that PyTorch has. The random numbers
     of the caller stay as they were.
     Raises InputError for a source that is not there, holds integers, is no decoder or holds numbers
-    that are not finite; for an out that is there already, lies in the source or cannot be written;
-    for sizes that the model has not; if training diverges; and if the disk is full. There is no out
-    then.
+    that are not finite; for an out that is there already, lies in the source, is named like a
+    checkpoint or cannot be written; for sizes that the model has not; if training diverges; and if
+    the disk is full. There is no out then.
     """
     out = Path(out)
     _check_out(out)
@@ -91,14 +91,18 @@ def slim_checkpoint(
     stages, small = run_steps(work)
     try:
         return _write(source, out, original, corpus, work, stages, small)
-    except OSError as error:
-        given = f"{out}: {error.strerror or error}; the original is as it was"
-        change = "make room on the disk, or choose a folder that you may write to"
-        raise InputError("a folder that can be written", given, change) from error
-    except InputError as error:  # by those who know the temporary name alone
+    except (OSError, InputError) as error:
+        raise _not_written(out, error) from error
+
+
+def _not_written(out: Path, error: OSError | InputError) -> InputError:
+    asked, change = "a folder that can be written", "make room on the disk, or choose another place"
+    if isinstance(error, InputError):  # by those who know the temporary name alone
+        asked, change = error.asked, error.change
         given = error.given.replace(str(_temporary(out)), str(out))
-        given = f"{given}; the original is as it was"
-        raise InputError(error.asked, given, error.change) from error
+    else:
+        given = f"{out}: {error.strerror or error}"
+    return InputError(asked, f"{given}; the original is as it was", change)
 
 
 def _temporary(path: Path) -> Path:
