@@ -65,7 +65,7 @@ def decimal_loss(student: list, teacher: list, beta: float, temperature: float) 
     return Decimal(temperature) ** 2 * total
 
 
-def true_loss(student: Tensor, teacher: Tensor, beta: float, temperature: float):
+def right_between(student: Tensor, teacher: Tensor, beta: float, temperature: float):
     """Return the mean loss and its gradient (N, V), by difference quotients.
 
     student, teacher, beta, temperature  as in the exercise
@@ -99,7 +99,7 @@ def compare(student, z: Tensor, t: Tensor, beta: float, temperature: float, what
     what = f"between{what}, beta = {beta:g}, T = {temperature:g}"
     fits = isinstance(saw, tuple | list) and len(saw) == 2
     expect(fits, f"{what}: {form_of(saw)}", "a loss and its gradient", "the return line")
-    loss, gradient = true_loss(z, t, beta, temperature)
+    loss, gradient = right_between(z, t, beta, temperature)
     place = "both divergences, what stands in m, and the mean over rows"
     expect_close(saw[0], loss, f"{what}: loss", place, form="the shape of the loss", **ROUNDING)
     expect_close(saw[1], gradient, f"{what}: gradient", look, **ROUNDING)
@@ -149,7 +149,7 @@ def _(student, numbers):
     for beta, temperature in (*CASES, (0.99, 3.0)):
         saw = function_of(student, "largest_loss")(beta, temperature)
         far = torch.tensor([[200.0 * temperature, 0.0]]).double()
-        wanted, _ = true_loss(far, far.flip(1), beta, temperature)
+        wanted, _ = right_between(far, far.flip(1), beta, temperature)
         what = f"largest_loss({beta:g}, {temperature:g})"
         look = "p and q that exclude each other: what is m where p is, what where q is?"
         expect_close(saw, wanted, what, look, **ROUNDING)

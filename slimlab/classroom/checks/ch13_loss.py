@@ -95,7 +95,7 @@ def given_loss(student_logits, teacher_logits, targets, temperature, soft_weight
     return total / (targets.numel() if fault == "hidden" else counts.sum())
 
 
-def true_loss(student_logits, teacher_logits, targets, temperature, soft_weight) -> Tensor:
+def right_loss(student_logits, teacher_logits, targets, temperature, soft_weight) -> Tensor:
     """Add up the chapter's loss token by token.
 
     student_logits, teacher_logits, targets, temperature, soft_weight  as in the exercise
@@ -179,7 +179,7 @@ def _(student, numbers):
         "found": "q - p of both terms, and what the division by T does to the first",
         "true": "which factor the chapter's loss has, and before which term",
     }
-    for key, loss in (("found", given_loss), ("true", true_loss)):
+    for key, loss in (("found", given_loss), ("true", right_loss)):
         z = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
         (wanted,) = torch.autograd.grad(loss(z, teacher, torch.tensor([0]), T, w), z)
         expect_close(saw[key], wanted[0, 0], f"my_diagnosis()[{key!r}]", looks[key], **BY_HAND)
@@ -205,7 +205,7 @@ def check_mended(student, tokens, temperature: float, weight: float, what: str, 
     expect(fits, f"{what}: {form_of(saw)}", "a tensor with a gradient", where)
     counts = targets != -100
     own = tokens[0][counts].clone().requires_grad_()
-    true = true_loss(own, tokens[1][counts], targets[counts], temperature, weight)
+    true = right_loss(own, tokens[1][counts], targets[counts], temperature, weight)
     expect_close(saw, true, what, look, **ROUNDING)
     wanted = torch.zeros_like(z)
     wanted[counts] = torch.autograd.grad(true, own)[0]

@@ -204,7 +204,7 @@ def check_mended(student, x: Tensor, weight: Tensor, note: str, look: str) -> No
     expect_close(saw, true_linear(x, weight), what, look, **ROUNDING)
 
 
-def uneven(num_tokens: int, width: int, num_outputs: int, seed: int) -> tuple[Tensor, Tensor]:
+def uneven_layer(num_tokens: int, width: int, num_outputs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw tokens and a weight whose rows and columns all differ in size.
 
     num_tokens, width, num_outputs  the sizes
@@ -219,19 +219,19 @@ def uneven(num_tokens: int, width: int, num_outputs: int, seed: int) -> tuple[Te
 def _(student, numbers):
     look = "whose greatest absolute value a scale is, and where it comes in again"
     for num_tokens, width in ((4, 4), (3, 8), (20, 16)):
-        check_mended(student, *uneven(num_tokens, width, width, 10 + width), "", look)
+        check_mended(student, *uneven_layer(num_tokens, width, width, 10 + width), "", look)
 
 
 @integers.property("the mended layer, not square", points=1)
 def _(student, numbers):
     look = "the shape of the weight's scales: one for each row, then one for each output"
     for num_tokens, width, num_outputs in ((5, 6, 3), (1, 4, 9), (7, 1, 7)):
-        check_mended(student, *uneven(num_tokens, width, num_outputs, 20 + width), "", look)
+        check_mended(student, *uneven_layer(num_tokens, width, num_outputs, 20 + width), "", look)
 
 
 @integers.property("the mended layer: rows of zeros, and long sums", points=2)
 def _(student, numbers):
-    x, weight = uneven(5, 6, 6, 30)
+    x, weight = uneven_layer(5, 6, 6, 30)
     x[2], weight[4] = 0.0, 0.0
     check_mended(student, x, weight, ", rows of zeros", "what is divided by a scale of 0")
     x, weight = torch.ones(2, 1500).double(), torch.ones(2, 1500).double()

@@ -68,7 +68,7 @@ class Layer:
         return self._draw(count, 6) @ self._mix + 0.3 * self._draw(count, NUM_INPUTS)
 
 
-def outputs(weights, x: Tensor) -> Tensor:
+def layer_outputs(weights, x: Tensor) -> Tensor:
     """Run a layer on x by the formula of the exercise; weights are its four tensors."""
     up, up_bias, down, down_bias = weights
     return (x @ up.T + up_bias).clamp(min=0) @ down.T + down_bias
@@ -114,8 +114,8 @@ def expect_score(student, bound: float, num_kept: int, look: str, count: int = 4
         layer = Layer(seed, **kinds)
         found = made_smaller(student, layer, count, num_kept)
         x = layer.inputs(1000)
-        y = outputs(layer.weights, x)
-        error = (outputs(found, x) - y).square().sum() / (y - y.mean(0)).square().sum()
+        y = layer_outputs(layer.weights, x)
+        error = (layer_outputs(found, x) - y).square().sum() / (y - y.mean(0)).square().sum()
         score = error.item()
         what = f"a score of {score:.2g} with {num_kept} of {NUM_NEURONS} neurons"
         expect(score <= bound, what, f"at most {bound:g}", look)
@@ -134,8 +134,8 @@ def _(student, numbers):
     x = layer.inputs(50)
     near = {"atol": 1e-5, "rtol": 1e-5, "reason": "float64 rounding, and what a diagonal adds"}
     look = "what changes although nothing is missing"
-    wanted = outputs(layer.weights, x)
-    expect_close(outputs(found, x), wanted, "y with all neurons", look, **near)
+    wanted = layer_outputs(layer.weights, x)
+    expect_close(layer_outputs(found, x), wanted, "y with all neurons", look, **near)
 
 
 @smaller.property("half of the neurons", points=3)
