@@ -577,6 +577,9 @@ def test_figures_show_every_step_and_the_front_leaves_out_what_is_beaten(three, 
     assert labels == ["original", "distilled", "pruned", "quantized"]
     figure = pareto_figure({"three": three[1], "four bits": grouped[1]})
     assert len(figure.axes[0].get_legend().get_texts()) == 3
+    marks = pareto_figure({str(n): three[1] for n in range(9)}).axes[0].collections
+    looks = {(tuple(one.get_facecolor()[0]), len(one.get_paths()[0])) for one in marks}
+    assert len(looks) == 10
     assert pareto_front([(3, 1), (1, 2), (2, 3), (2, 1.5)]) == [(1, 2), (2, 1.5), (3, 1)]
     with pytest.raises(InputError, match="at least one report"):
         pareto_figure({})

@@ -99,7 +99,7 @@ def pareto_figure(reports: Mapping[str, SlimReport], title: str = "") -> Figure:
             *point,
             s=_area(speed),
             color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
             label=f"{label} (reads x {speed:.2g})",
             zorder=3,
         )
