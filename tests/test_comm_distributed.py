@@ -59,7 +59,7 @@ def apart(comm, name, timeout_s=20.0, check=True):
     comm.barrier()  # so that they come at the same time, also where it is short
     if comm.rank == comm.world_size - 1:
         return None
-    link = replace(comm._link, timeout_s=timeout_s)
+    link = replace(comm._carriers.link, timeout_s=timeout_s)
     return TorchCommunicator(link.to_group(name, comm.rank, comm.world_size - 1), check=check)
 
 
@@ -340,7 +340,7 @@ def torch_itself_can_be_called_too(comm):
     dist.all_reduce(tensor)
     assert tensor.tolist() == [comm.world_size] * 3
     with pytest.raises(InputError, match="is not connected yet"):
-        init_torch("gloo", comm.rank, comm.world_size, comm._link.store)
+        init_torch("gloo", comm.rank, comm.world_size, comm._carriers.link.store)
     assert sys.excepthook is sys.__excepthook__ or "torch" not in sys.excepthook.__module__
 
 
@@ -406,3 +406,32 @@ def test_what_torch_says_is_said_again_with_rank_and_call(said, kind, expected):
     assert str(error).startswith("rank 1 was in recv(src=2, tag=0)")
     assert expected in str(error)
     assert "had started a collective" in str(in_words(RuntimeError(said), 1, None, 4.0))
+
+
+def names_of_threads():
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{thread}/comm") as file:
+            found.append(file.read().strip())
+    return [name for name in found if "gloo" in name]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc that lists threads")
+def test_a_closed_communicator_leaves_no_thread_and_says_that_it_is_closed():
+    def program(comm):
+        group = comm.split(0, comm.rank)
+        group.split(0, comm.rank).all_reduce(torch.ones(2))
+        group.all_reduce(torch.ones(2), async_op=True).wait()
+        before = len(names_of_threads())
+        comm.close()
+        said = []
+        for one in (comm, group):
+            with pytest.raises(CommunicationError, match="that is closed") as error:
+                one.all_reduce(torch.ones(2))
+            said.append(str(error.value))
+        return before, names_of_threads(), said[0]
+
+    for rank, (before, after, said) in enumerate(run_ranks(program, 2, backend="gloo")):
+        assert before > 0
+        assert after == []
+        assert said.startswith(f"rank {rank} uses a communicator")

@@ -22,6 +22,7 @@ Production programs call torch.distributed itself and leave the comparison out.
 
 import json
 from functools import partial
+from itertools import count
 
 import torch.distributed as dist
 
@@ -58,7 +59,7 @@ class TorchCommunicator(Communicator):
         shared = {} if parent is None else {"ledger": parent.ledger, "progress": parent.progress}
         super().__init__(link.rank, link.world_size, ranks=ranks, **shared)
         self.backend = "gloo" if link.nccl is None else "nccl"
-        self.device, self._link = link.device, link
+        self.device = link.device
         self._lookout = Lookout() if parent is None else parent._lookout
         self._carriers = Carriers(link, self.ranks[link.rank], self.progress, self._lookout)
         self._port = Port(self._carriers, link.rank, self.ranks, link.device)
@@ -82,6 +83,7 @@ class TorchCommunicator(Communicator):
                 self._comparison.check_nothing_is_left(self.progress)
         finally:
             self._free()
+        self._let_go()
 
     def _send(self, call, tensor, dst, tag):
         self._port.send(tensor, dst, tag)
@@ -207,17 +209,12 @@ class TorchCommunicator(Communicator):
     def _split(self, call, color, key):
         self._comparison.check(call)
         wishes = [json.loads(text) for text in self._port.texts(json.dumps([color, key]))]
-        made: list[Group] = []
-
-        def new_group(ranks: tuple[int, ...]) -> Group:
-            made.append(Group(len(made), ranks))
-            return made[-1]
-
-        group = groups_of(wishes, self.ranks, new_group)[self.rank]
+        numbers = count()
+        group = groups_of(wishes, self.ranks, lambda one: Group(next(numbers), one))[self.rank]
         self._num_splits += 1
         if group is None:
             return None
-        link = self._link.to_group(
+        link = self._carriers.link.to_group(
             f"{self._num_splits}.{group.context}",
             group.ranks.index(self.ranks[self.rank]),
             len(group.ranks),
@@ -265,7 +262,13 @@ class TorchCommunicator(Communicator):
             if dist.is_initialized():  # a program may have ended it
                 dist.destroy_process_group()
         else:
-            self._link.close()
+            self._carriers.link.close()
+
+    def _let_go(self):
+        # After a failure a thread may wait for ever, and closing would too: only if all went well.
+        for group in self._groups:
+            group._let_go()
+        self._carriers.close()
 
 
 def init_torch(

@@ -52,7 +52,7 @@ class Carrier:
         timeout_s: float,
         lookout: Lookout | None = None,
     ):
-        self._backend, self._rank, self.lookout = backend, rank, lookout
+        self._open_backend, self._rank, self.lookout = backend, rank, lookout
         self._progress, self._timeout_s = progress, timeout_s
 
     def wait(self, work: dist.Work) -> None:
@@ -64,6 +64,10 @@ class Carrier:
             self._try(work.wait)
         else:
             self._try(self.lookout.wait, work.wait)
+
+    def close(self) -> None:
+        """Let the backend go; calls raise CommunicationError from now on."""
+        self._open_backend = None
 
     def send(self, data: Tensor, dst: int, tag: int) -> dist.Work:
         """Start to send, with gloo.
@@ -146,6 +150,15 @@ class Carrier:
         options = dist.AllToAllOptions()
         return self._try(self._backend.alltoall_base, whole, parts, recv_bytes, send_bytes, options)
 
+    @property
+    def _backend(self) -> dist.Backend:
+        if self._open_backend is None:
+            raise CommunicationError(
+                f"rank {self._rank} uses a communicator that is closed\n"
+                "change: let a program end its communication before close()"
+            )
+        return self._open_backend
+
     def _try(self, method: Callable, *arguments: object) -> dist.Work:
         try:
             return method(*arguments)
@@ -169,9 +182,19 @@ class Carriers:
     """
 
     def __init__(self, link: Link, rank: int, progress: Progress, lookout: Lookout):
-        end = rank, progress, link.timeout_s
+        end, self.link = (rank, progress, link.timeout_s), link
         self.gloo, self.direct = Carrier(link.gloo, *end, lookout), Carrier(link.gloo, *end)
         self.nccl = None if link.nccl is None else Carrier(link.nccl, *end)
+
+    def close(self) -> None:
+        """Let all backends go, and wait until their threads have ended.
+
+        A thread of gloo's that freed a tensor while Python ends would end the process by an error.
+        """
+        self.link = None
+        for one in (self.gloo, self.direct, self.nccl):
+            if one is not None:
+                one.close()
 
     def near(self, tensor: Tensor) -> Tensor:
         """Return the tensor, or a copy in the host's memory if nothing can carry it.

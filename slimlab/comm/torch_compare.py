@@ -126,6 +126,7 @@ class Comparison:
         """End the thread, if there is one."""
         if self._starter is not None:
             self._starter.shutdown(wait=False)  # after a failure it may wait for long
+            self._starter = None
 
     def _compare_and_start(
         self, call: Call, where: Position | None, start: Callable[[], Started]
