@@ -330,6 +330,14 @@ def test_of_ranks_that_raise_together_the_lowest_is_named():
     assert board.verdict(10.1).rank == 1
 
 
+def test_a_channel_that_another_thread_has_closed_brings_nothing():
+    here, _there = socket.socketpair()
+    channel = Channel(here)
+    channel.close()
+    assert channel.wait(0.0) == []
+    assert not channel.open
+
+
 def test_a_channel_takes_whatever_comes_in_pieces_and_refuses_strangers():
     here, there = socket.socketpair()
     channel = Channel(there, max_bytes=1000)

@@ -78,7 +78,10 @@ class Channel:
         returns    as read does; nothing if nothing came
         """
         poll = select.poll()  # select.select refuses the thousandth open file
-        poll.register(self._sock, select.POLLIN)
+        try:
+            poll.register(self._sock, select.POLLIN)
+        except ValueError:  # another thread has closed this end
+            return []
         return self.read() if poll.poll(max(0.0, timeout_s) * 1000) else []
 
     def expect(self, kind: str, timeout_s: float) -> tuple[dict, bytes] | None:
