@@ -370,7 +370,7 @@ def test_what_stands_behind_the_end_of_a_text_does_not_count():
 def test_a_student_learns_to_write_what_its_teacher_writes():
     big, small = teacher().eval(), student(norm="rms", bias=False, d_model=16)
     batch = sequence_batch(big, torch.arange(11)[:, None], 3)
-    before = float(causal_objective(small, batch)[0])
+    before = causal_objective(small, batch)[0].item()
     optimizer = torch.optim.AdamW(small.parameters(), lr=0.02)
     for _ in range(60):
         accumulate_gradients(small, batch, causal_objective)

@@ -59,7 +59,7 @@ def test_fewer_tokens_give_another_loss_of_at_most_the_same_size(tmp_path):
     for top_k in (2, V):
         (tmp_path / str(top_k)).mkdir()
         cache = cached(tmp_path / str(top_k), top_k)
-        found.append(float(cache.objective(soft_weight=1)(student(), cache.batches(6)(0))[0]))
+        found.append(cache.objective(soft_weight=1)(student(), cache.batches(6)(0))[0].item())
     assert 0 < found[0] < found[1]
 
 
