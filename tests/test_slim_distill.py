@@ -375,7 +375,7 @@ def test_a_student_learns_to_write_what_its_teacher_writes():
     for _ in range(60):
         accumulate_gradients(small, batch, causal_objective)
         optimizer.step()
-    assert float(causal_objective(small, batch)[0]) < 0.3 * before
+    assert causal_objective(small, batch)[0].item() < 0.3 * before
 
 
 def test_prompts_without_tokens_are_refused():
