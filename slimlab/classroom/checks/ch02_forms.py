@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from slimlab.classroom.grading import CheckFailed, expect, expect_close
+from slimlab.classroom.grading import CheckFailed, expect, expect_close, expect_equal
 
 FLOAT64 = {"atol": 1e-9, "rtol": 0.0, "reason": "float64 rounding"}
 
@@ -43,6 +43,23 @@ def function_of(student, name: str) -> Callable:
     asked, look = f"a function: def {name}(...)", f"how your cell defines {name}"
     expect(callable(found), f"{name} is {form_of(found)}", asked, look)
     return found
+
+
+def expect_verdict(
+    function: Callable, program: Callable, is_right: bool, what: str, look: str
+) -> None:
+    """Expect the student's test of a program to say whether that program is right.
+
+    function  the student's test
+    program   that it is given
+    is_right  what it should say
+    what      which program it is, for the message
+    look      where to look, for the message
+    """
+    saw = function(program)
+    is_bool = isinstance(saw, bool)
+    expect(is_bool, f"{what}: {form_of(saw)}", "True or False", "the return lines")
+    expect_equal(saw, is_right, what, look)
 
 
 def whole_number(value: object, what: str, look: str) -> int:

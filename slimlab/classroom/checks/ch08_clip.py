@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimlab.classroom.checks.ch02_forms import form_of, function_of
+from slimlab.classroom.checks.ch02_forms import expect_verdict, form_of, function_of
 from slimlab.classroom.checks.ch07_runs import run
 from slimlab.classroom.checks.ch09_runs import drawn, expect_calls
 from slimlab.classroom.exercise import Exercise
@@ -160,10 +160,8 @@ def judge(student, faults, look: str) -> None:
     function = function_of(student, "is_right")
     for fault in faults:
         what = f"is_right of {FAULTS[fault]}"
-        saw = function(partial(given_step, fault=fault))
-        is_bool = isinstance(saw, bool)
-        expect(is_bool, f"{what}: {form_of(saw)}", "True or False", "the return lines")
-        expect_equal(saw, fault in ("", "late"), what, look)
+        program = partial(given_step, fault=fault)
+        expect_verdict(function, program, fault in ("", "late"), what, look)
 
 
 @clip.property("your prediction by hand was right", points=2)

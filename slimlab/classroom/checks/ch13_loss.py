@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimlab.classroom.checks.ch02_forms import form_of, function_of
+from slimlab.classroom.checks.ch02_forms import expect_verdict, form_of, function_of
 from slimlab.classroom.checks.ch09_runs import drawn
 from slimlab.classroom.exercise import Exercise
-from slimlab.classroom.grading import CheckFailed, expect, expect_close, expect_equal
+from slimlab.classroom.grading import CheckFailed, expect, expect_close
 
 ROUNDING = {"atol": 1e-9, "rtol": 1e-9, "reason": "float64 rounding"}
 BY_HAND = {"rtol": 0.005, "reason": "you may round"}
@@ -133,10 +133,8 @@ def judge(student, faults, look: str) -> None:
     function = function_of(student, "is_right")
     for fault in faults:
         what = f"is_right of {FAULTS[fault]}"
-        saw = function(partial(given_loss, fault=fault))
-        is_bool = isinstance(saw, bool)
-        expect(is_bool, f"{what}: {form_of(saw)}", "True or False", "the return lines")
-        expect_equal(saw, fault in RIGHT, what, look)
+        program = partial(given_loss, fault=fault)
+        expect_verdict(function, program, fault in RIGHT, what, look)
 
 
 @listens.property("your test finds the fault, and no fault in right losses", points=2)

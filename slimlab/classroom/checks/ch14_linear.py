@@ -8,10 +8,12 @@ Production kernels (FBGEMM, oneDNN, CUTLASS) take a scale per output feature and
 refuse scales along the sum: no single factor could undo them afterwards.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from slimlab.classroom.checks.ch02_forms import form_of, function_of
+from slimlab.classroom.checks.ch02_forms import expect_verdict, form_of, function_of
 from slimlab.classroom.checks.ch09_runs import drawn
 from slimlab.classroom.exercise import Exercise
 from slimlab.classroom.grading import expect, expect_close, expect_equal
@@ -161,10 +163,8 @@ def judge(student, faults, look: str) -> None:
     function = function_of(student, "is_right")
     for fault in faults:
         what = f"is_right of {FAULTS[fault]}"
-        saw = function(lambda x, weight, fault=fault: given_linear(x, weight, fault))
-        is_bool = isinstance(saw, bool)
-        expect(is_bool, f"{what}: {form_of(saw)}", "True or False", "the return lines")
-        expect_equal(saw, fault in RIGHT, what, look)
+        program = partial(given_linear, fault=fault)
+        expect_verdict(function, program, fault in RIGHT, what, look)
 
 
 @integers.property("your prediction by hand was right", points=2)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slimlab.classroom.checks.ch02_forms import form_of, function_of
+from slimlab.classroom.checks.ch02_forms import expect_verdict, form_of, function_of
 from slimlab.classroom.checks.ch09_runs import drawn
 from slimlab.classroom.exercise import Exercise
 from slimlab.classroom.grading import CheckFailed, expect, expect_close, expect_equal
@@ -136,10 +136,8 @@ def judge(student, faults, look: str) -> None:
     function = function_of(student, "is_right")
     for fault in faults:
         what = f"is_right of {FAULTS[fault]}"
-        saw = function(partial(given_retrain, fault=fault))
-        is_bool = isinstance(saw, bool)
-        expect(is_bool, f"{what}: {form_of(saw)}", "True or False", "the return lines")
-        expect_equal(saw, fault in RIGHT, what, look)
+        program = partial(given_retrain, fault=fault)
+        expect_verdict(function, program, fault in RIGHT, what, look)
 
 
 @retrained.property("your test finds the fault, and no fault in right programs", points=2)
